@@ -1,0 +1,1 @@
+"""Attention of tree rows over a slot cache: one protocol, several backends."""

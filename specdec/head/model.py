@@ -1,0 +1,138 @@
+"""DraftHead: EAGLE-3's one decoder layer, weights only. Training and decoding run this same forward.
+
+Who attends to whom is the caller's business (a cache when decoding, a causal-plus-diagonal mask when training), as
+are token embeddings (the target's own). Dimension legend: B requests, N rows, H hidden, A taps, Vd draft vocabulary.
+
+    row at position t:   feature(t), token(t+1)  ->  token(t+2)
+
+    g = fc(taps)                                   only for rows the target has seen; else the head's own output
+    x = [input_norm(E[token]), hidden_norm(g)]     2H wide
+    a = g + out(attention(x))                      the residual is the un-normed g
+    y = a + mlp(mlp_norm(a))                       fed back as the next g (before the norm)
+    logits = lm_head(norm(y))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.cache import CacheShape
+from specdec.head.config import HeadConfig
+from specdec.layers.linear import Projection, pack
+from specdec.layers.norm import RMSNorm
+from specdec.layers.rope import Rope, frequencies, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(query [B, N, heads, D], key [B, N, kv_heads, D], value likewise, scale) -> [B, N, heads, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Rotary cosines and sines of the rows, each [B, N, 1, head_dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class DraftHead(nn.Module):
+    """The module. Parameters start as NaN, so that one a checkpoint fails to fill cannot go unnoticed.
+
+    Buffers:
+        ids: int64 [Vd], target id of each draft-vocabulary entry, strictly increasing.
+    """
+
+    ids: Tensor
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        fused = len(c.taps) * c.target_hidden
+        self.fc = Projection(fused, c.hidden)
+        self.fc_norm = nn.ModuleList(RMSNorm(c.target_hidden, c.eps) for _ in c.taps) if c.fc_norm else None
+        self.tap_norm = RMSNorm(fused, c.eps) if c.norm_before_fc else None
+        self.input_norm = RMSNorm(c.hidden, c.eps)
+        self.hidden_norm = RMSNorm(c.hidden, c.eps)
+        self.qkv = Projection(2 * c.hidden, (c.heads + 2 * c.kv_heads) * c.head_dim)
+        self.out = Projection(c.heads * c.head_dim, c.hidden)
+        self.mlp_norm = RMSNorm(c.hidden, c.eps)
+        self.gate_up = Projection(c.hidden, 2 * c.intermediate)
+        self.down = Projection(c.intermediate, c.hidden)
+        self.norm = RMSNorm(c.hidden, c.eps)
+        self.lm_head = Projection(c.hidden, c.draft_vocab)
+        self.register_buffer("ids", torch.full((c.draft_vocab,), -1, dtype=torch.int64))
+        self.scale = 1.0 / math.sqrt(c.head_dim)
+        self._rope: Rope | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Rotary tables at positions int64 [B, N]; made at first use, once dtype and device are settled."""
+        if self._rope is None:
+            c = self.config
+            inverse = frequencies(c.head_dim, c.theta, c.scaling)
+            self._rope = Rope(inverse, c.max_length + 128, self.dtype, self.device)
+        return Angles(*self._rope.at(positions))
+
+    def cache_shape(self) -> CacheShape:
+        return CacheShape(1, self.config.kv_heads, self.config.head_dim, self.dtype, self.device)
+
+    def freeze(self) -> None:
+        """Ready for decoding: no gradients, projections packed where that helps."""
+        self.requires_grad_(False)
+        pack(self)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Target taps [B, N, A * Ht] -> g [B, N, H]."""
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        if self.tap_norm is not None:
+            features = self.tap_norm(features)
+        fused: Tensor = self.fc(features)
+        return fused
+
+    def forward(self, embedded: Tensor, g: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """One step over rows.
+
+        Args:
+            embedded: [B, N, H] embedding of token t + 1.
+            g: [B, N, H] fused feature of position t, or the fed-back output of the step before.
+            angles: rotary tables of the rows.
+            attend: stores the keys and values it is given and attends.
+
+        Returns:
+            y [B, N, H], before the output norm; see `feedback` and `logits`.
+        """
+        c = self.config
+        b, n, _ = g.shape
+        normed = self.hidden_norm(g)
+        x = torch.cat([self.input_norm(embedded), normed], dim=-1)
+        heads = self.qkv(x).view(b, n, c.heads + 2 * c.kv_heads, c.head_dim)
+        turned = c.heads + c.kv_heads
+        qk = rotate(heads[:, :, :turned], angles.cos, angles.sin)
+        seen = attend(qk[:, :, : c.heads], qk[:, :, c.heads :], heads[:, :, turned:], self.scale)
+        a = (normed if c.norm_before_residual else g) + self.out(seen.reshape(b, n, -1))
+        gate, up = self.gate_up(self.mlp_norm(a)).chunk(2, dim=-1)
+        y: Tensor = a + self.down(F.silu(gate) * up)
+        return y
+
+    def feedback(self, y: Tensor) -> Tensor:
+        """What the next step takes for g."""
+        return self.norm(y) if self.config.norm_output else y  # type: ignore[no-any-return]
+
+    def logits(self, y: Tensor) -> Tensor:
+        """[..., H] -> [..., Vd] over the draft vocabulary."""
+        out: Tensor = self.lm_head(self.norm(y))
+        return out

@@ -1,0 +1,1 @@
+"""Building blocks that the lean target and the draft head share: projections, norm, rotary positions."""

@@ -1,0 +1,75 @@
+"""Rotary positions: frequencies from a config and their application to query and key heads.
+
+Knows the scalings that are a fixed change of frequencies (default, linear, llama3); others are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.errors import UnsupportedError
+
+SCALINGS = ("default", "linear", "llama3")
+
+
+def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
+    """Inverse frequencies, float32 [head_dim / 2].
+
+    Args:
+        head_dim: size of one head, even.
+        theta: base of the geometric series.
+        scaling: `rope_scaling` of a config: {"rope_type": "linear", "factor": ...} or Llama-3.1's block.
+
+    Raises:
+        UnsupportedError: for a scaling this file does not know.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    kind = str((scaling or {}).get("rope_type", (scaling or {}).get("type", "default")))
+    if kind not in SCALINGS:
+        raise UnsupportedError("unknown rope scaling", field="rope_scaling.rope_type", value=kind,
+                               allowed=", ".join(SCALINGS))  # fmt: skip
+    if scaling is None or kind == "default":
+        return inverse
+    factor = float(scaling["factor"])
+    return inverse / factor if kind == "linear" else _llama3(inverse, factor, scaling)
+
+
+def _llama3(inverse: Tensor, factor: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: long waves are stretched by `factor`, short ones kept, the middle blended."""
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    trained = float(scaling["original_max_position_embeddings"])
+    wave = 2 * math.pi / inverse
+    blend = ((trained / wave - low) / (high - low)).clamp(0, 1)
+    return inverse * (blend + (1 - blend) / factor)
+
+
+class Rope:
+    """Cosines and sines for every position up to `length`, made once.
+
+    Args:
+        inverse: inverse frequencies [head_dim / 2].
+        length: positions 0 .. length - 1.
+        dtype, device: of the tables; the angles are computed in float32.
+    """
+
+    def __init__(self, inverse: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse[None].cpu()
+        both = torch.cat([angles, angles], dim=-1)
+        self.cos = both.cos().to(device, dtype)
+        self.sin = both.sin().to(device, dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions [B, N], each [B, N, 1, head_dim], ready for `rotate`."""
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads x [B, N, heads, head_dim] by half-split pairs (the layout of Hugging Face checkpoints)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin

@@ -1,0 +1,286 @@
+"""Sampling: a request's settings, the target's processed distribution, and the target's own token at every node.
+
+Knows nothing of trees beyond their depths and ancestor words, and nothing of models.
+Dimension legend: B requests, N nodes, V vocabulary.
+
+Randomness: the token at output position t of a request is the inverse CDF of its distribution at one uniform
+number u_t that depends on the request's seed and t alone. All nodes of one depth would fill the same position and
+at most one of them is ever visited, so they share their u_t: draws stay independent along every path, and a seeded
+request gives the very same tokens with and without speculation, whatever the tree and whoever shares the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.errors import RequestError
+from specdec.tree import DraftTree
+
+NUCLEUS_HEAD = 1024  # most nuclei fit in so many tokens; the full sort is only made where one does not
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request samples and stops. Validated on creation.
+
+    Attributes:
+        temperature: 0 is greedy, else logits are divided by it.
+        top_k: keep the k likeliest tokens, 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches it.
+        min_p: keep tokens at least this fraction of the likeliest one's probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt and output.
+        presence_penalty, frequency_penalty: subtracted once, and once per occurrence, for tokens of the output.
+        logit_bias: added to the logits of the given token ids.
+        seed: of the request's own random numbers; None draws one.
+        max_tokens: at most so many new tokens.
+        stop: strings that end the answer; they are cut from the text.
+        stop_token_ids: token ids that end the answer beside the target's own.
+        ignore_eos: go on after the target's end-of-sequence tokens (not after `stop_token_ids`).
+        logprobs: report the log-probability of emitted tokens and this many alternatives; None reports nothing.
+
+    Raises:
+        RequestError: naming the field that is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _whole("top_k", self.top_k, 0, None)
+        _whole("max_tokens", self.max_tokens, 1, None)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, 0, 100)
+        _check_stops(self.stop, self.stop_token_ids)
+        _check_bias(self.logit_bias)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    allowed = f"a number {'>' if open_low else '>='} {low:g} and <= {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise RequestError("is not a number", field=name, value=value, allowed=allowed)
+    if value > high or value < low or (open_low and value == low):
+        raise RequestError("is out of range", field=name, value=value, allowed=allowed)
+
+
+def _whole(name: str, value: object, low: int, high: int | None) -> None:
+    allowed = f"a whole number >= {low}" + (f" and <= {high}" if high is not None else "")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError("is not a whole number", field=name, value=value, allowed=allowed)
+    if value < low or (high is not None and value > high):
+        raise RequestError("is out of range", field=name, value=value, allowed=allowed)
+
+
+def _check_stops(stop: object, ids: object) -> None:
+    if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
+        raise RequestError("wants strings", field="stop", value=stop, allowed="a tuple of non-empty strings")
+    if not isinstance(ids, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise RequestError("wants token ids", field="stop_token_ids", value=ids, allowed="a tuple of ids >= 0")
+
+
+def _check_bias(bias: object) -> None:
+    good = isinstance(bias, Mapping) and all(
+        isinstance(k, int) and k >= 0 and isinstance(v, int | float) and math.isfinite(v) for k, v in bias.items()
+    )
+    if not good:
+        raise RequestError("wants finite numbers by token id", field="logit_bias", value=bias)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSampling:
+    """The settings of B requests as tensors, made anew only when the batch changes.
+
+    Attributes:
+        temperature, top_p, min_p: float32 [B]; top_k: int64 [B] (0 keeps all).
+        bias: float32 [B, V] or None where nobody asks.
+        penalties: float32 [B, 3] repetition, presence, frequency, or None where nobody asks.
+        greedy: nobody in the batch samples.
+        plain: nobody in the batch truncates (top_k, top_p, min_p).
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    bias: Tensor | None
+    penalties: Tensor | None
+    greedy: bool
+    plain: bool
+
+    @staticmethod
+    def of(settings: Sequence[Sampling], vocab: int, device: torch.device) -> BatchSampling:
+        """Gather the settings of a batch. Raises RequestError for a biased token id outside the vocabulary."""
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        penalties = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in settings]
+        return BatchSampling(
+            temperature=column([s.temperature for s in settings]),
+            top_k=torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device),
+            top_p=column([s.top_p for s in settings]),
+            min_p=column([s.min_p for s in settings]),
+            bias=_bias(settings, vocab, device),
+            penalties=torch.tensor(penalties, device=device) if any(s.penalised for s in settings) else None,
+            greedy=all(s.greedy for s in settings),
+            plain=all((s.top_k, s.top_p, s.min_p) == (0, 1.0, 0.0) for s in settings),
+        )
+
+
+def _bias(settings: Sequence[Sampling], vocab: int, device: torch.device) -> Tensor | None:
+    if not any(s.logit_bias for s in settings):
+        return None
+    bias = torch.zeros(len(settings), vocab, device=device)
+    for row, one in enumerate(settings):
+        for token, value in one.logit_bias.items():
+            if token >= vocab:
+                raise RequestError("names a token outside the vocabulary", field="logit_bias", value=token,
+                                   allowed=f"ids below {vocab}")  # fmt: skip
+            bias[row, token] = value
+    return bias
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Occurrences that penalties count: int32 [B, V] in the prompt and in the output before this round's root.
+
+    The root is the newest emitted token and counts as output through the tree: every node adds its own path.
+    """
+
+    prompt: Tensor
+    output: Tensor
+
+
+def process(logits: Tensor, tree: DraftTree, batch: BatchSampling, seen: Seen | None = None,
+            allowed: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Logits after bias, penalties and temperature; ruled-out tokens are -inf. All float32.
+
+    Args:
+        logits: [B, N, V] the target's logits after each node.
+        tree: whose paths count as output for the penalties.
+        batch: settings of the B requests.
+        seen: counts before the root; required when `batch.penalties` is set.
+        allowed: bool [B, N, V], tokens a grammar permits after each node, or None.
+
+    Order: grammar, bias, penalties, temperature, then top-k, top-p, min-p. Greedy rows keep temperature 1.
+    """
+    logits = logits.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    if batch.bias is not None:
+        logits = logits + batch.bias[:, None]
+    if batch.penalties is not None:
+        assert seen is not None, "penalties need counts"
+        logits = _penalise(logits, tree, batch.penalties, seen)
+    if batch.greedy:
+        return logits
+    warm = torch.where(batch.temperature > 0, batch.temperature, 1.0)
+    logits = logits / warm[:, None, None]
+    return logits if batch.plain else _truncate(logits, batch)
+
+
+def _penalise(logits: Tensor, tree: DraftTree, penalties: Tensor, seen: Seen) -> Tensor:
+    """Repetition as in the CTRL paper, presence and frequency as OpenAI's; each node sees its own path."""
+    b, n, v = logits.shape
+    path = ((tree.ancestors[..., None] >> torch.arange(n, device=logits.device)) & 1).to(torch.int32)
+    on_path = torch.zeros(b, n, v, dtype=torch.int32, device=logits.device)
+    on_path.scatter_add_(2, tree.tokens[:, None, :].expand(b, n, n), path)
+    output = seen.output[:, None] + on_path
+    repetition, presence, frequency = (penalties[:, i, None, None] for i in range(3))
+    known = (output > 0) | (seen.prompt[:, None] > 0)
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(known, scaled, logits) - presence * (output > 0) - frequency * output
+
+
+def _truncate(logits: Tensor, batch: BatchSampling) -> Tensor:
+    """Apply top-k, then top-p, then min-p, each on what the one before left."""
+    v = logits.shape[-1]
+    if bool((batch.top_k > 0).any()):
+        k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=v), v)
+        largest = logits.topk(int(k.max()), dim=-1).values
+        edge = largest.gather(2, (k - 1)[:, None, None].expand(-1, logits.shape[1], 1))
+        logits = logits.masked_fill(logits < edge, -torch.inf)
+    if bool((batch.top_p < 1).any()):
+        logits = logits.masked_fill(logits < _nucleus_edge(logits, batch.top_p), -torch.inf)
+    if bool((batch.min_p > 0).any()):
+        floor = logits.amax(dim=-1, keepdim=True) + batch.min_p.log()[:, None, None]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    return logits
+
+
+def _nucleus_edge(logits: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit inside each nucleus. [B, N, 1]
+
+    A token stays while the mass before it is below top_p, so the likeliest always stays. Ties at the edge stay too.
+    """
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    head = min(NUCLEUS_HEAD, logits.shape[-1])
+    while True:
+        values = logits.topk(head, dim=-1).values
+        before = (values - total).exp().cumsum(dim=-1)
+        before = torch.cat([torch.zeros_like(before[..., :1]), before[..., :-1]], dim=-1)
+        inside = before < top_p[:, None, None]
+        if head == logits.shape[-1] or not bool((inside[..., -1] & (top_p < 1)[:, None]).any()):
+            break
+        head = logits.shape[-1]
+    edge = values.gather(-1, inside.sum(dim=-1, keepdim=True) - 1)
+    return torch.where((top_p < 1)[:, None, None], edge, -torch.inf)
+
+
+def choose(processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: Tensor) -> Tensor:
+    """The target's own token after each node.
+
+    Args:
+        processed: float32 [B, N, V] from `process`.
+        tree: its depths say which output position each node fills.
+        batch: settings; rows with temperature 0 take the argmax.
+        uniforms: float64 [B, >= D + 1], the requests' u_t from the next output position on.
+
+    Returns:
+        int64 [B, N].
+    """
+    best = processed.argmax(dim=-1)
+    if batch.greedy:
+        return best
+    mass = torch.softmax(processed, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    level = uniforms.gather(1, tree.depths)[..., None] * mass[..., -1:]
+    drawn = torch.searchsorted(mass, level, right=True)[..., 0]
+    return torch.where(batch.temperature[:, None] > 0, drawn.clamp(max=processed.shape[-1] - 1), best)
+
+
+def uniforms(seed: int, count: int) -> Tensor:
+    """The request's own random numbers u_0 ... u_{count-1}. float64 [count], on the host."""
+    generator = torch.Generator().manual_seed(seed & (2**64 - 1))
+    return torch.rand(count, generator=generator, dtype=torch.float64)

@@ -1,0 +1,225 @@
+"""LeanTarget: our own decoder for Llama-shaped families (Llama, SmolLM, Mistral, Qwen2, Qwen3).
+
+One module, driven by a config; QKV and gate-up are packed into one product each; keys and values are arguments.
+It knows how to compute, not where files come from (loading.py) nor who is asking (engine).
+Dimension legend: B requests, N rows, H hidden, A taps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.attention.protocol import Rows, TreeAttention
+from specdec.cache import CacheShape, KVCache
+from specdec.errors import UnsupportedError
+from specdec.layers.linear import Projection, pack
+from specdec.layers.norm import RMSNorm
+from specdec.layers.rope import SCALINGS, Rope, frequencies, rotate
+from specdec.target.protocol import States
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class LeanConfig:
+    """The numbers of one decoder, read from a Hugging Face `config.json`."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    theta: float
+    scaling: Mapping[str, Any] | None
+    max_length: int
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    tied: bool
+    windows: tuple[int | None, ...]
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> LeanConfig:
+        """Raises UnsupportedError naming what this decoder lacks; the transformers adapter may still run it."""
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise UnsupportedError("not a family of the lean decoder", field="model_type", value=family,
+                                   allowed=", ".join(FAMILIES))  # fmt: skip
+        _refuse_extras(config)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        return LeanConfig(
+            vocab=int(config["vocab_size"]),
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+            layers=layers,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            eps=float(config.get("rms_norm_eps", 1e-6)),
+            theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            scaling=rope if _kind(rope) != "default" else None,
+            max_length=int(config.get("max_position_embeddings", 2048)),
+            qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+            out_bias=family != "qwen2" and bool(config.get("attention_bias", False)),
+            qk_norm=family == "qwen3",
+            tied=bool(config.get("tie_word_embeddings", False)),
+            windows=_windows(config, layers),
+        )
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def _refuse_extras(config: Mapping[str, Any]) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    needs = {
+        "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
+        "mlp_bias": (bool(config.get("mlp_bias", False)), (False,)),
+        "rope_type": (_kind(rope), SCALINGS),
+        "partial_rotary_factor": (float(rope.get("partial_rotary_factor") or 1.0), (1.0,)),
+    }
+    for field, (value, allowed) in needs.items():
+        if value not in allowed:
+            raise UnsupportedError("not in the lean decoder", field=field, value=value,
+                                   allowed=", ".join(map(str, allowed)))  # fmt: skip
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Sliding window per layer: explicit layer types, Qwen's upper layers, or Mistral's everywhere."""
+    window = config.get("sliding_window")
+    if window is None or (config["model_type"] != "mistral" and not config.get("use_sliding_window", False)):
+        return (None,) * layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = int(config.get("max_window_layers", 0)) if config["model_type"].startswith("qwen") else 0
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        c = config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.input_norm = RMSNorm(c.hidden, c.eps)
+        self.qkv = Projection(c.hidden, q + 2 * kv, bias=c.qkv_bias)
+        self.out = Projection(q, c.hidden, bias=c.out_bias)
+        self.mlp_norm = RMSNorm(c.hidden, c.eps)
+        self.gate_up = Projection(c.hidden, 2 * c.intermediate)
+        self.down = Projection(c.intermediate, c.hidden)
+        self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+        self.scale = 1.0 / math.sqrt(c.head_dim)
+
+    def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
+        """x: [B, N, H] -> [B, N, H]."""
+        b, n, _ = x.shape
+        heads = self.qkv(self.input_norm(x)).view(b, n, self.heads + 2 * self.kv_heads, self.head_dim)
+        turned = self.heads + self.kv_heads
+        qk = heads[:, :, :turned]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], dim=2)
+        qk = rotate(qk, step.cos, step.sin)
+        step.cache.write(layer, step.rows.index, qk[:, :, self.heads :], heads[:, :, turned:])
+        seen = step.attention.attend(qk[:, :, : self.heads], step.cache, layer, plan, self.scale)
+        x = x + self.out(seen.reshape(b, n, -1))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one forward share."""
+
+    rows: Rows
+    cache: KVCache
+    attention: TreeAttention
+    cos: Tensor
+    sin: Tensor
+
+
+class LeanDecoder(nn.Module):
+    """Embedding, blocks, final norm, LM head. Weights only; see `LeanTarget` in loading for the protocol.
+
+    Parameters start as NaN, so that one a checkpoint fails to fill cannot go unnoticed.
+    """
+
+    def __init__(self, config: LeanConfig, attention: TreeAttention) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.embedding = nn.Parameter(torch.full((config.vocab, config.hidden), torch.nan))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps)
+        self.head = Projection(config.hidden, config.vocab)
+        self._rope: Rope | None = None
+
+    def rope(self) -> Rope:
+        """The tables, made at first use, once dtype and device are settled."""
+        if self._rope is None:
+            c = self.config
+            inverse = frequencies(c.head_dim, c.theta, c.scaling)
+            # trees may look past the last position a request can use: leave room for one
+            self._rope = Rope(inverse, c.max_length + 128, self.embedding.dtype, self.embedding.device)
+        return self._rope
+
+    def cache_shape(self) -> CacheShape:
+        c = self.config
+        return CacheShape(c.layers, c.kv_heads, c.head_dim, self.embedding.dtype, self.embedding.device)
+
+    def freeze(self) -> None:
+        """Ready for decoding: no gradients, projections packed where that helps."""
+        self.requires_grad_(False)
+        pack(self)
+
+    def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
+        """tokens int64 [B, N] at `rows`; writes `cache`; returns final states and the taps."""
+        x = F.embedding(tokens, self.embedding)
+        cos, sin = self.rope().at(rows.positions)
+        step = Step(rows, cache, self.attention, cos, sin)
+        plans = {w: self.attention.plan(rows, cache, w) for w in set(self.config.windows)}
+        tapped = {}
+        for layer, block in enumerate(self.blocks):
+            if layer in taps:
+                tapped[layer] = x
+            x = block(x, step, layer, plans[self.config.windows[layer]])
+        tapped[len(self.blocks)] = x
+        features = torch.cat([tapped[k] for k in taps], dim=-1) if taps else x[..., :0]
+        return States(self.norm(x), features)
+
+
+def translate(state: Mapping[str, Tensor], config: LeanConfig) -> dict[str, Tensor]:
+    """Rename and pack a Hugging Face state dict into ours. Raises KeyError naming a missing tensor."""
+    out = {"embedding": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    out["head.weight"] = out["embedding"] if config.tied else state["lm_head.weight"]
+    for i in range(config.layers):
+        old, new = f"model.layers.{i}.", f"blocks.{i}."
+        attn, mlp = old + "self_attn.", old + "mlp."
+        out[new + "input_norm.weight"] = state[old + "input_layernorm.weight"]
+        out[new + "mlp_norm.weight"] = state[old + "post_attention_layernorm.weight"]
+        out[new + "qkv.weight"] = torch.cat([state[f"{attn}{p}_proj.weight"] for p in "qkv"])
+        out[new + "out.weight"] = state[attn + "o_proj.weight"]
+        out[new + "gate_up.weight"] = torch.cat([state[f"{mlp}{p}_proj.weight"] for p in ("gate", "up")])
+        out[new + "down.weight"] = state[mlp + "down_proj.weight"]
+        if config.qkv_bias:
+            out[new + "qkv.bias"] = torch.cat([state[f"{attn}{p}_proj.bias"] for p in "qkv"])
+        if config.out_bias:
+            out[new + "out.bias"] = state[attn + "o_proj.bias"]
+        if config.qk_norm:
+            out[new + "q_norm.weight"] = state[attn + "q_norm.weight"]
+            out[new + "k_norm.weight"] = state[attn + "k_norm.weight"]
+    return out
