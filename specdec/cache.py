@@ -15,6 +15,9 @@ from torch import Tensor
 from specdec.errors import UnsupportedError
 
 
+FEW = 2  # requests up to which rows are copied one request at a time
+
+
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """What one model's cache looks like: layers, kv_heads, head_dim, and the dtype of its rows."""
@@ -71,7 +74,7 @@ class KVCache:
     def write(self, layer: int, rows: RowIndex, keys: Tensor, values: Tensor) -> None:
         """Store new rows. keys, values: [B, N, kv_heads, head_dim]."""
         plane = self.kv[layer]
-        if rows.spans is not None:  # one contiguous run per request: plain slice copies beat index_put
+        if rows.spans is not None and len(rows.spans) <= FEW:  # slice copies beat index_put for a few requests
             for row, (slot, start) in enumerate(rows.spans):
                 stop = start + keys.shape[1]
                 plane[0, slot, :, start:stop] = keys[row].transpose(0, 1)

@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 
-TOGETHER_WASTE = 1.6  # batch requests in one call while padding costs at most this factor
+TOGETHER_WASTE = 1.6  # requests share a product while padding costs at most this factor
+VIEW_WASTE = 2.2  # more when their slots are a run, so that nothing has to be gathered
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Requests that go through one product: batch rows, their cache slots, rows read, who sees whom."""
 
-    requests: slice
+    requests: slice | Tensor
     slots: slice | Tensor
     total: int
     mask: Tensor | None  # bool [b, 1, N, total]; None when every row sees all
@@ -34,41 +35,38 @@ class ReferenceAttention:
     name = "reference"
 
     def plan(self, rows: Rows, cache: KVCache, window: int | None) -> list[_Part]:
-        """Split the batch into products and build their masks."""
+        """Split the batch into products of requests of similar length and build their masks."""
         b, n = rows.positions.shape
         if rows.index.spans is None:
-            whole = self._mask(rows, slice(0, b), cache.length, window)
-            return [_Part(slice(0, b), rows.slots, cache.length, whole)]
+            every = torch.arange(b, device=rows.slots.device)
+            return [_Part(slice(None), rows.slots, cache.length, self._mask(rows, every, cache.length, window))]
         totals = [start + n for _, start in rows.index.spans]
         slots = [slot for slot, _ in rows.index.spans]
-        neat = slots == list(range(slots[0], slots[0] + b))
-        if b > 1 and neat and b * max(totals) <= TOGETHER_WASTE * sum(totals):
-            mask = self._mask(rows, slice(0, b), max(totals), window)
-            return [_Part(slice(0, b), slice(slots[0], slots[0] + b), max(totals), mask)]
         parts = []
-        for row, (slot, total) in enumerate(zip(slots, totals, strict=True)):
-            alone = n == 1 and rows.offset == 0 and (window is None or total <= window)
-            mask = None if alone else self._mask(rows, slice(row, row + 1), total, window)
-            parts.append(_Part(slice(row, row + 1), slice(slot, slot + 1), total, mask))
+        for group in _groups(totals, slots):
+            total = max(totals[i] for i in group)
+            alone = len(group) == 1 and n == 1 and rows.offset == 0 and (window is None or total <= window)
+            mask = None if alone else self._mask(rows, torch.tensor(group), total, window)
+            parts.append(_Part(_compact(group), _compact([slots[i] for i in group]), total, mask))
         return parts
 
-    def _mask(self, rows: Rows, pick: slice, total: int, window: int | None) -> Tensor:
+    def _mask(self, rows: Rows, pick: Tensor, total: int, window: int | None) -> Tensor:
         """bool [b, 1, N, total]: the prefix, then tree rows by ancestor bit or causally; windows by position."""
-        lengths, positions = rows.lengths[pick, None, None], rows.positions[pick, :, None]
+        lengths, positions = rows.lengths[pick][:, None, None], rows.positions[pick][:, :, None]
         column = torch.arange(total, device=lengths.device)
         row = column - lengths  # [b, 1, total], index among the tree rows
         if rows.ancestors is None:
             sees = row <= torch.arange(positions.shape[1], device=column.device)[:, None]
         else:
-            bits = (rows.ancestors[pick, :, None] >> row.clamp(0, 63)) & 1
+            bits = (rows.ancestors[pick][:, :, None] >> row.clamp(0, 63)) & 1
             sees = (row < 0) | ((bits == 1) & (row < 64))
         if window is not None:
             sees = sees & (positions - self._key_positions(rows, pick, column) < window)
         return sees[:, None]
 
-    def _key_positions(self, rows: Rows, pick: slice, column: Tensor) -> Tensor:
+    def _key_positions(self, rows: Rows, pick: Tensor, column: Tensor) -> Tensor:
         """Positions of the cache rows [b, 1, total]: their index, but for tree rows their node's position."""
-        lengths = rows.lengths[pick, None]
+        lengths = rows.lengths[pick][:, None]
         if rows.ancestors is None:
             return column[None, None]
         assert rows.tree_positions is not None or rows.offset == 0, "a window needs all tree positions"
@@ -81,12 +79,40 @@ class ReferenceAttention:
                softcap: float | None = None) -> Tensor:  # fmt: skip
         """query [B, N, H, D] -> [B, N, H, D]."""
         keys, values = cache.kv[layer, 0], cache.kv[layer, 1]
-        outs = [
-            _product(query[p.requests], keys[p.slots, :, : p.total], values[p.slots, :, : p.total], p.mask, scale,
-                     softcap)
-            for p in plan
-        ]  # fmt: skip
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if len(plan) == 1 and isinstance(plan[0].requests, slice):
+            return _attend_part(query, keys, values, plan[0], scale, softcap)
+        out = torch.empty_like(query)
+        for part in plan:
+            out[part.requests] = _attend_part(query[part.requests], keys, values, part, scale, softcap)
+        return out
+
+
+def _groups(totals: list[int], slots: list[int]) -> list[list[int]]:
+    """Requests by length, cut where padding to the group's longest would cost more than TOGETHER_WASTE."""
+    everyone = list(range(len(totals)))
+    if isinstance(_compact(slots), slice) and len(totals) * max(totals) <= VIEW_WASTE * sum(totals):
+        return [everyone]
+    order = sorted(everyone, key=totals.__getitem__)
+    groups: list[list[int]] = []
+    room = 0.0
+    for i in order:
+        if not groups or totals[i] > room:
+            groups.append([])
+            room = totals[i] * TOGETHER_WASTE + 16
+        groups[-1].append(i)
+    return groups
+
+
+def _compact(ids: list[int]) -> slice | Tensor:
+    """A slice where the ids are a run: a view instead of a gathered copy."""
+    run = ids == list(range(ids[0], ids[0] + len(ids)))
+    return slice(ids[0], ids[0] + len(ids)) if run else torch.tensor(ids)
+
+
+def _attend_part(query: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float,
+                 softcap: float | None) -> Tensor:  # fmt: skip
+    lanes = slice(None, part.total)
+    return _product(query, keys[part.slots, :, lanes], values[part.slots, :, lanes], part.mask, scale, softcap)
 
 
 def _product(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,

@@ -1,0 +1,81 @@
+"""What a drafter is: it proposes trees for running requests and hears what became of them.
+
+Dimension legend: B requests, N nodes, F feature width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from specdec.accept import Verdict
+from specdec.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The largest tree a round may use, and what a node and a level must promise to be worth their time.
+
+    Attributes:
+        depth: longest path in edges; 0 is plain decoding.
+        width: children considered per node (EAGLE's top-k).
+        nodes: N, the root included.
+        node_floor: a node whose path probability is below is not verified.
+        level_floor: growth stops where the frontier's summed path probability is below.
+    """
+
+    depth: int
+    width: int
+    nodes: int
+    node_floor: float = 0.0
+    level_floor: float = 0.0
+
+
+PLAIN = Shape(0, 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The requests of one round.
+
+    Attributes:
+        slots: int64 [B], their cache slots; a drafter keeps its own state by slot.
+        roots: int64 [B], newest emitted tokens.
+        lengths: int64 [B], committed tokens = position of the root.
+    """
+
+    slots: Tensor
+    roots: Tensor
+    lengths: Tensor
+
+
+class Drafter(Protocol):
+    """Proposes trees. State is kept per slot and forgotten with `release`."""
+
+    name: str
+    taps: tuple[int, ...]
+
+    def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
+        """A request starts.
+
+        Args:
+            slot: its cache slot.
+            tokens: int64 [P], the prompt.
+            features: [P, F], the target's taps over it (width 0 when `taps` is empty).
+            root: the first emitted token.
+        """
+        ...
+
+    def propose(self, context: Context, shape: Shape) -> DraftTree:
+        """Trees of at most `shape.nodes` nodes; a drafter with nothing to say returns roots alone."""
+        ...
+
+    def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
+        """What the target kept: features [B, N, F] of the tree's nodes, and the verdict."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The request in this slot is gone."""
+        ...
