@@ -63,9 +63,14 @@ class Drafter(Protocol):
         Args:
             slot: its cache slot.
             tokens: int64 [P], the prompt.
-            features: [P, F], the target's taps over it (width 0 when `taps` is empty).
+            features: [P - s, F], the target's taps over its tail (width 0 when `taps` is empty); the first s rows
+                were taken over with `reuse`.
             root: the first emitted token.
         """
+        ...
+
+    def reuse(self, source: int, slot: int, rows: int) -> int:
+        """Take over the state of the first `rows` tokens of slot `source`; returns how many could be kept."""
         ...
 
     def propose(self, context: Context, shape: Shape) -> DraftTree:

@@ -1,0 +1,1 @@
+"""The engine: requests in slots, the round, the measured budget."""

@@ -1,0 +1,233 @@
+"""EagleDrafter: grows trees with a draft head over true target features (EAGLE-2 growth, EAGLE-3 head).
+
+Keeps a KV cache of its own (one layer) and, per slot, the accepted (feature, token) pairs the head has not read yet;
+it reads them at the next proposal, so requests that end or run plain cost nothing.
+Dimension legend: B requests, K width, H head size, F feature width, Vd draft vocabulary.
+
+    committed tokens  0 1 2 ... L-1 | root = token L
+    head rows         0 1 2 ... L-1 |             row t reads feature(t), token(t + 1) and predicts token t + 2
+    level d rows                    | position L + d - 1: token of a depth-d node, feature fed back from its parent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec import tree as trees
+from specdec.accept import Verdict
+from specdec.attention.protocol import Rows, TreeAttention, chunk_rows, level_rows
+from specdec.cache import KVCache
+from specdec.drafting.protocol import Context, Shape
+from specdec.head.model import DraftHead
+from specdec.tree import MAX_NODES, DraftTree
+
+CHUNK = 512  # rows of a prompt the head reads at once
+TOGETHER = 16  # pending rows up to which requests are extended in one padded batch
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One slot: rows the head has read, pairs it has yet to read, and its output at the last row read."""
+
+    rows: int = 0
+    features: list[Tensor] | None = None
+    tokens: list[Tensor] | None = None
+
+
+class EagleDrafter:
+    """Proposes EAGLE-2 trees from a draft head.
+
+    Args:
+        head: frozen weights.
+        embed: the target's input embedding, tokens -> [..., H].
+        attention: backend for the head's layer.
+        slots, length: of the engine's cache.
+    """
+
+    name = "eagle"
+
+    def __init__(self, head: DraftHead, embed: Callable[[Tensor], Tensor], attention: TreeAttention, slots: int,
+                 length: int) -> None:  # fmt: skip
+        self.head, self.embed, self.attention = head, embed, attention
+        self.taps = head.config.taps
+        self.cache = KVCache(head.cache_shape(), slots, length + MAX_NODES + TOGETHER)
+        self.last = torch.zeros(slots, head.config.hidden, dtype=head.dtype, device=head.device)
+        self.lanes = [_Lane() for _ in range(slots)]
+
+    def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
+        """Remember the prompt's pairs; the head reads them at the first proposal."""
+        lane = self.lanes[slot]
+        lane.rows = tokens.shape[0] - features.shape[0]
+        after = torch.cat([tokens[lane.rows + 1 :], tokens.new_tensor([root])])
+        lane.features, lane.tokens = [features], [after]
+
+    def reuse(self, source: int, slot: int, rows: int) -> int:
+        """Rows the head has read of the source, less the last whose next token may differ."""
+        kept = max(0, min(rows - 1, self.lanes[source].rows))
+        self.cache.copy_prefix(source, slot, kept)
+        self.lanes[slot].rows = kept
+        return kept
+
+    def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
+        """Queue the accepted nodes' true features with the tokens that followed them."""
+        for row, (slot, count) in enumerate(zip(context.slots.tolist(), verdict.counts.tolist(), strict=True)):
+            lane = self.lanes[slot]
+            assert lane.features is not None and lane.tokens is not None, "observed before admitted"
+            lane.features.append(features[row, verdict.kept[row, :count]])
+            lane.tokens.append(verdict.tokens[row, :count])
+
+    def release(self, slot: int) -> None:
+        """Forget what is pending; rows already read stay for `reuse`."""
+        self.lanes[slot].features = self.lanes[slot].tokens = None
+
+    def propose(self, context: Context, shape: Shape) -> DraftTree:
+        """Grow level by level from the head's own output, then keep the likeliest nodes."""
+        if shape.depth == 0 or shape.nodes == 1:
+            return trees.root_only(context.roots)
+        y = self._extend(context)
+        growth = _Growth(self.head.ids, shape)
+        frontier_y = growth.level(self._log_probs(y[:, None]), y[:, None])
+        while growth.worth_another():
+            frontier_y = growth.level(*self._step(context, growth, frontier_y))
+        return growth.finish(context.roots)
+
+    def _log_probs(self, y: Tensor) -> Tensor:
+        return self.head.logits(y).float().log_softmax(dim=-1)
+
+    def _step(self, context: Context, growth: _Growth, parent_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the head over the frontier: tokens just drafted, features fed back from their parents."""
+        position = context.lengths + growth.depth - 1
+        k = growth.tokens.shape[1]
+        rows = level_rows(
+            context.slots, context.lengths, position[:, None].expand(-1, k), growth.bits, growth.rows_before
+        )
+        y = self._forward(growth.tokens, self.head.feedback(parent_y), rows)
+        return self._log_probs(y), y
+
+    def _forward(self, tokens: Tensor, g: Tensor, rows: Rows) -> Tensor:
+        plan = self.attention.plan(rows, self.cache, self.head.config.window)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            self.cache.write(0, rows.index, key, value)
+            return self.attention.attend(query, self.cache, 0, plan, scale)
+
+        embedded = self.embed(tokens).to(g.dtype)
+        return self.head(embedded, g, self.head.angles(rows.positions), attend)  # type: ignore[no-any-return]
+
+    def _extend(self, context: Context) -> Tensor:
+        """Read all pending pairs; returns the head's output at each request's last row [B, H]."""
+        slots = context.slots.tolist()
+        short = [s for s in slots if 0 < self._pending(s) <= TOGETHER]
+        for slot in slots:
+            if self._pending(slot) > TOGETHER:
+                self._read_long(slot)
+        if short:
+            self._read_together(short)
+        return self.last[context.slots]
+
+    def _pending(self, slot: int) -> int:
+        return sum(len(t) for t in self.lanes[slot].tokens or ())
+
+    def _take(self, slot: int) -> tuple[Tensor, Tensor]:
+        lane = self.lanes[slot]
+        assert lane.features is not None and lane.tokens is not None, "proposed before admitted"
+        features, tokens = torch.cat(lane.features), torch.cat(lane.tokens)
+        lane.features, lane.tokens = [], []
+        return features, tokens
+
+    def _read_long(self, slot: int) -> None:
+        features, tokens = self._take(slot)
+        lane = self.lanes[slot]
+        where = torch.tensor([slot], device=tokens.device)
+        for start in range(0, len(tokens), CHUNK):
+            part = tokens[None, start : start + CHUNK]
+            rows = chunk_rows(where, torch.tensor([lane.rows], device=tokens.device), part.shape[1])
+            y = self._forward(part, self.head.fuse(features[None, start : start + CHUNK].to(self.head.dtype)), rows)
+            lane.rows += part.shape[1]
+        self.last[slot] = y[0, -1]
+
+    def _read_together(self, slots: list[int]) -> None:
+        """A padded batch: rows past a request's own are written but never seen, and overwritten later."""
+        taken = [self._take(slot) for slot in slots]
+        counts = [len(tokens) for _, tokens in taken]
+        n = max(counts)
+        features = torch.stack([torch.nn.functional.pad(f, (0, 0, 0, n - len(f))) for f, _ in taken])
+        tokens = torch.stack([torch.nn.functional.pad(t, (0, n - len(t))) for _, t in taken])
+        where = torch.tensor(slots, device=tokens.device)
+        lengths = torch.tensor([self.lanes[s].rows for s in slots], device=tokens.device)
+        y = self._forward(tokens, self.head.fuse(features.to(self.head.dtype)), chunk_rows(where, lengths, n))
+        last = torch.tensor(counts, device=tokens.device) - 1
+        self.last[where] = y[torch.arange(len(slots), device=tokens.device), last]
+        for slot, count in zip(slots, counts, strict=True):
+            self.lanes[slot].rows += count
+
+
+class _Growth:
+    """The candidates of one proposal, level by level.
+
+    Attributes:
+        tokens: int64 [B, K] target ids of the frontier.
+        bits: int64 [B, K] ancestor words of the frontier's head rows.
+        depth: of the frontier.
+        rows_before: head rows written by earlier levels.
+    """
+
+    def __init__(self, ids: Tensor, shape: Shape) -> None:
+        self.ids, self.shape = ids, shape
+        self.width = min(shape.width, len(ids))
+        self.depth, self.rows_before = 0, 0
+        self.all_tokens: list[Tensor] = []
+        self.all_scores: list[Tensor] = []
+        self.all_parents: list[Tensor] = []
+        self.count = 0
+
+    def level(self, log_probs: Tensor, y: Tensor) -> Tensor:
+        """Take the frontier's draft distributions [B, K', Vd]; returns the new frontier's parent outputs [B, K, H]."""
+        b, rows, _ = log_probs.shape
+        first = self.depth == 0
+        scores = log_probs.new_zeros(b, 1) if first else self.scores
+        drafts, paths, frontier = trees.expand(scores, log_probs, self.width)
+        parent = torch.arange(rows, device=drafts.device).repeat_interleave(self.width).expand(b, -1)
+        above = torch.full_like(parent, -1) if first else self.at.gather(1, parent)
+        self.all_tokens.append(self.ids[drafts])
+        self.all_scores.append(paths)
+        self.all_parents.append(above)
+        self._advance(frontier, parent.gather(1, frontier), paths, first)
+        index = parent.gather(1, frontier)[..., None].expand(-1, -1, y.shape[-1])
+        return y.gather(1, index)
+
+    def _advance(self, frontier: Tensor, parent_row: Tensor, paths: Tensor, first: bool) -> None:
+        k = frontier.shape[1]
+        self.rows_before = 0 if first else self.rows_before + self.bits.shape[1]
+        own = torch.ones((), dtype=torch.int64, device=frontier.device) << (
+            self.rows_before + torch.arange(k, device=frontier.device)
+        )
+        self.bits = own.expand_as(frontier) if first else self.bits.gather(1, parent_row) | own
+        self.tokens = self.all_tokens[-1].gather(1, frontier)
+        self.scores = paths.gather(1, frontier)
+        self.at = frontier + self.count
+        self.count += paths.shape[1]
+        self.depth += 1
+
+    def worth_another(self) -> bool:
+        """May the tree grow deeper, and does the frontier still promise enough?"""
+        if self.depth >= self.shape.depth or self.rows_before + self.bits.shape[1] > MAX_NODES:
+            return False
+        if self.shape.level_floor <= 0:
+            return True
+        return bool(self.scores.exp().sum(dim=1).max() >= self.shape.level_floor)
+
+    def finish(self, roots: Tensor) -> DraftTree:
+        """The tree of the likeliest nodes above the floor."""
+        scores = torch.cat(self.all_scores, dim=1)
+        nodes = self.shape.nodes
+        if self.shape.node_floor > 0:
+            worth = (scores.exp() >= self.shape.node_floor).sum(dim=1)
+            nodes = min(nodes, 1 + int(worth.max()))
+        if nodes == 1:
+            return trees.root_only(roots)
+        return trees.rerank(roots, torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1), scores, nodes)

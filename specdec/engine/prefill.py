@@ -1,0 +1,85 @@
+"""Prefill: a prompt enters its slot chunk by chunk; what an earlier request left there is not computed again."""
+
+from __future__ import annotations
+
+import torch
+
+from specdec.attention.protocol import chunk_rows
+from specdec.cache import KVCache
+from specdec.drafting.protocol import Drafter
+from specdec.engine.batch import count_seen, draw_ahead
+from specdec.engine.logprobs import TokenLogprob, token_logprobs
+from specdec.engine.request import Request
+from specdec.sampling import BatchSampling, choose, process
+from specdec.target.protocol import Target
+from specdec.tree import root_only
+
+WORTH_COPYING = 8  # shared tokens below which a prefix is simply computed
+
+
+class Prefill:
+    """Places requests in slots and runs their prompts.
+
+    `held[slot]` are the tokens whose rows the cache holds from the start of a slot, also after its request ended.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, cache: KVCache, chunk: int) -> None:
+        self.target, self.drafter, self.cache, self.chunk = target, drafter, cache, chunk
+        self.held: list[tuple[int, ...]] = [() for _ in range(cache.slots)]
+
+    def place(self, request: Request, free: list[int]) -> None:
+        """Choose a slot and take over the longest prefix that some slot already holds."""
+        shared = {slot: _common(held, request.prompt) for slot, held in enumerate(self.held)}
+        source = max(shared, key=shared.__getitem__)
+        slot = source if source in free else min(free, key=lambda s: (shared[s], len(self.held[s])))
+        rows = min(shared[source], len(request.prompt) - 1)
+        rows = self.drafter.reuse(source, slot, rows if rows >= WORTH_COPYING else 0)
+        self.cache.copy_prefix(source, slot, rows)
+        request.slot, request.prefilled, request.reused = slot, rows, rows
+        self.held[slot] = request.prompt[:rows]
+
+    def advance(self, request: Request) -> tuple[int | None, list[TokenLogprob]]:
+        """Run the next chunk; after the last one, the first emitted token (and its log-probability if asked)."""
+        start = request.prefilled
+        stop = min(start + self.chunk, len(request.prompt))
+        device = self.target.info.device
+        tokens = torch.tensor([request.prompt[start:stop]], dtype=torch.int64, device=device)
+        slot, length = (torch.tensor([x], device=device) for x in (request.slot, start))
+        states = self.target.forward(tokens, chunk_rows(slot, length, stop - start), self.cache, self.drafter.taps)
+        request.prefilled = stop
+        request.features.append(states.features[0])
+        self.held[request.slot] = request.prompt[:stop]
+        if stop < len(request.prompt):
+            return None, []
+        token, logprobs = self._first(request, self.target.logits(states.final[:, -1:]))
+        prompt = torch.tensor(request.prompt, dtype=torch.int64, device=device)
+        self.drafter.admit(request.slot, prompt, torch.cat(request.features), token)
+        request.features = []
+        return token, logprobs
+
+    def _first(self, request: Request, logits: torch.Tensor) -> tuple[int, list[TokenLogprob]]:
+        vocab, device = self.target.info.vocab, logits.device
+        sampling = BatchSampling.of([request.sampling], vocab, device)
+        tree = root_only(torch.tensor([request.prompt[-1]], device=device))
+        seen = count_seen([request], vocab, device, root=False) if sampling.penalties is not None else None
+        allowed = None if request.constraint is None else request.constraint.allowed(tree, 0).to(device)[None]
+        processed = process(logits, tree, sampling, seen, allowed)
+        if bool(logits.amax().isnan()):
+            raise ValueError("the target's logits are not numbers (NaN)")
+        token = int(choose(processed, tree, sampling, draw_ahead([request], sampling, device)))
+        wanted = request.sampling.logprobs
+        return token, [] if wanted is None else token_logprobs(logits[0], [token], wanted)
+
+    def release(self, request: Request) -> None:
+        """The slot keeps its rows for whoever comes with the same beginning."""
+        request.features = []
+        if request.output:
+            self.held[request.slot] = (*request.prompt, *request.output)[: request.length]
+
+
+def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Length of the shared beginning."""
+    for i, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return i
+    return min(len(left), len(right))

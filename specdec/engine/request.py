@@ -1,0 +1,123 @@
+"""One request: what was asked, what has been emitted, how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.engine.logprobs import TokenLogprob
+from specdec.engine.text import TextStream
+from specdec.sampling import Sampling, uniforms
+from specdec.stats import Counters
+from specdec.tree import MAX_NODES, DraftTree
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+class Constraint(Protocol):
+    """A grammar over tokens; applied at every node of a tree, so constrained decoding stays lossless."""
+
+    def allowed(self, tree: DraftTree, row: int) -> Tensor:
+        """bool [N, V]: tokens permitted after each node of tree `row`, given everything accepted so far."""
+        ...
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens were emitted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step gave one request.
+
+    Attributes:
+        request: its id.
+        tokens: newly emitted ids.
+        drafted: for each, was it drafted (True) or the target's bonus (False)?
+        text: text that became certain.
+        finish: how the answer ended, None while it goes on.
+        error: what went wrong when finish is "error".
+    """
+
+    request: str
+    tokens: tuple[int, ...]
+    drafted: tuple[bool, ...]
+    text: str
+    finish: Finish | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and its progress; owned and changed by the engine alone.
+
+    Attributes:
+        id: unique in its engine.
+        prompt: token ids.
+        sampling: its settings.
+        stop_ids: token ids that end it (the target's own unless ignored, and the request's).
+        text: its text, or None when nobody wants text.
+        constraint: a grammar or None.
+        speculate: False runs this request plainly.
+        output: emitted ids, the stop token included.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    text: TextStream | None = None
+    constraint: Constraint | None = None
+    speculate: bool = True
+    slot: int = -1
+    prefilled: int = 0
+    reused: int = 0
+    features: list[Tensor] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: Finish | None = None
+    counters: Counters = field(default_factory=Counters)
+    arrived: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    finished: float | None = None
+    uniforms: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sampling.greedy:
+            seed = self.sampling.seed
+            seed = int(torch.seed()) if seed is None else seed
+            self.uniforms = uniforms(seed, self.sampling.max_tokens + MAX_NODES + 1)
+
+    @property
+    def root(self) -> int:
+        return self.output[-1]
+
+    @property
+    def length(self) -> int:
+        """Committed tokens: all but the newest emitted one."""
+        return len(self.prompt) + len(self.output) - 1
+
+    @property
+    def running(self) -> bool:
+        return self.slot >= 0 and self.prefilled == len(self.prompt) and self.finish is None
+
+    def emit(self, tokens: Sequence[int]) -> list[int]:
+        """Append emitted tokens up to the one that ends the answer; returns those kept."""
+        kept = []
+        for token in tokens:
+            self.output.append(token)
+            kept.append(token)
+            if token in self.stop_ids:
+                self.finish = "stop"
+            elif self.text is not None and self.text.push(token):
+                self.finish = "stop"
+            elif len(self.output) >= self.sampling.max_tokens:
+                self.finish = "length"
+            if self.finish:
+                break
+        return kept

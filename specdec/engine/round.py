@@ -1,0 +1,73 @@
+"""The round: draft, verify, choose, accept, keep. Plain decoding is the same round over trees of one node.
+
+This is the whole journey from tokens to accepted tokens; requests, text and scheduling live above it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.accept import Verdict, walk
+from specdec.attention.protocol import tree_rows
+from specdec.cache import KVCache
+from specdec.drafting.protocol import Drafter, Shape
+from specdec.engine.batch import Batch
+from specdec.sampling import choose, process
+from specdec.target.protocol import Target
+from specdec.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One round's values: the trees, the target's word on them, and the seconds each phase took."""
+
+    tree: DraftTree
+    logits: Tensor
+    features: Tensor
+    chosen: Tensor
+    verdict: Verdict
+    draft_seconds: float
+    verify_seconds: float
+    accept_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Runs rounds over one target, one drafter and one cache."""
+
+    target: Target
+    drafter: Drafter
+    cache: KVCache
+
+    def run(self, batch: Batch, shape: Shape) -> Outcome:
+        """One draft, verify, accept cycle; afterwards the cache holds exactly the accepted tokens."""
+        c = batch.context
+        started = time.perf_counter()
+        tree = self.drafter.propose(c, shape)
+        drafted = time.perf_counter()
+        states = self.target.forward(tree.tokens, tree_rows(c.slots, c.lengths, tree), self.cache, self.drafter.taps)
+        logits = self.target.logits(states.final)
+        verified = time.perf_counter()
+        processed = process(logits, tree, batch.sampling, batch.seen, _allowed(batch, tree, logits))
+        chosen = choose(processed, tree, batch.sampling, batch.uniforms)
+        verdict = walk(tree, chosen)
+        self.cache.keep(c.slots, c.lengths, verdict.kept)
+        self.drafter.observe(c, states.features, verdict)
+        accepted = time.perf_counter()
+        return Outcome(tree, logits, states.features, chosen, verdict, drafted - started, verified - drafted,
+                       accepted - verified)  # fmt: skip
+
+
+def _allowed(batch: Batch, tree: DraftTree, logits: Tensor) -> Tensor | None:
+    """What grammars permit after each node, bool [B, N, V], or None when there is no grammar."""
+    if all(r.constraint is None for r in batch.requests):
+        return None
+    allowed = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+    for row, request in enumerate(batch.requests):
+        if request.constraint is not None:
+            allowed[row] = request.constraint.allowed(tree, row).to(logits.device)
+    return allowed
