@@ -1,7 +1,8 @@
 """Writes a draft head so that other engines load it: raw EAGLE-3 (our own format) and speculators.
 
-The raw directory carries both layer-id fields (layer inputs at the top for vLLM and llama.cpp, layer outputs nested
-for SGLang), rotary positions spelled out, offsets in `d2t`, and no embeddings. Knows no target, only its names.
+The raw directory carries both layer-id fields (layer inputs at the top for vLLM and llama.cpp, layer outputs
+nested for SGLang), rotary positions spelled out, offsets in `d2t`, and no embeddings. Knows no target, only
+its names.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class TargetNames:
     max_length: int | None = None
 
 
-def save_raw(head: DraftHead, directory: Path | str, *, target: TargetNames,
-             dtype: torch.dtype = torch.bfloat16) -> Path:  # fmt: skip
+def save_raw(
+    head: DraftHead, directory: Path | str, *, target: TargetNames, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     """Write a raw EAGLE-3 directory; returns it.
 
     Raises:
@@ -51,9 +53,18 @@ def save_raw(head: DraftHead, directory: Path | str, *, target: TargetNames,
     return write_files(Path(directory), raw_config(head.config, target, dtype), tensors)
 
 
-def save_speculators(head: DraftHead, directory: Path | str, *, target: TargetNames,
-                     dtype: torch.dtype = torch.bfloat16, tokens: int = 3) -> Path:  # fmt: skip
-    """Write a speculators directory; `tokens` is the chain length engines draft by default. Raises as `save_raw`."""
+def save_speculators(
+    head: DraftHead,
+    directory: Path | str,
+    *,
+    target: TargetNames,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 3,
+) -> Path:
+    """Write a speculators directory; `tokens` is the chain length engines draft by default.
+
+    Raises as `save_raw`.
+    """
     tensors = tensors_of(head, "speculators", dtype)
     return write_files(Path(directory), speculators_config(head.config, target, dtype, tokens), tensors)
 
@@ -75,10 +86,16 @@ def raw_config(config: HeadConfig, target: TargetNames, dtype: torch.dtype) -> d
     }
 
 
-def speculators_config(config: HeadConfig, target: TargetNames, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+def speculators_config(
+    config: HeadConfig, target: TargetNames, dtype: torch.dtype, tokens: int
+) -> dict[str, Any]:
     """config.json of the speculators layout, every boolean written out."""
-    proposal = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1,
-                "accept_tolerance": 0.0}  # fmt: skip
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
     return {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
@@ -106,7 +123,11 @@ def _layer(config: HeadConfig, target: TargetNames) -> dict[str, Any]:
     scaling = dict(config.scaling) if config.scaling else None
     window: dict[str, Any] = {}
     if config.window is not None:
-        window = {"sliding_window": config.window, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+        window = {
+            "sliding_window": config.window,
+            "use_sliding_window": True,
+            "layer_types": ["sliding_attention"],
+        }
     return {
         "model_type": "llama",
         "hidden_size": config.hidden,

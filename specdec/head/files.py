@@ -1,11 +1,10 @@
-"""A head's directory as it lies on disk: which layout, its config.json, its tensors. Reads and writes, judges nothing
-of what they mean (settings.py, layout.py and checkpoint.py do).
+"""A head's directory as it lies on disk: which layout, its config.json, its tensors. Reads and writes, judges
+nothing of what they mean (settings.py, layout.py and checkpoint.py do).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import tempfile
@@ -56,8 +55,12 @@ def read_config(directory: Path) -> tuple[dict[str, Any], Layout]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError("the directory holds no config.json", field="head", value=str(directory),
-                              remedy="A head is a raw EAGLE-3 or a speculators directory.") from None  # fmt: skip
+        raise CheckpointError(
+            "the directory holds no config.json",
+            field="head",
+            value=str(directory),
+            remedy="A head is a raw EAGLE-3 or a speculators directory.",
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot be read: {error}", field=str(path)) from error
     if not isinstance(config, dict):
@@ -76,8 +79,12 @@ def read_files(directory: Path) -> HeadFiles:
         if (directory / name).is_file():
             tensors = _read_tensors(directory / name)
             return HeadFiles(directory, layout, config, name, tensors)
-    raise CheckpointError("the directory holds no weights", field="head", value=str(directory),
-                          allowed=f"{SAFETENSORS} or {PICKLED}")  # fmt: skip
+    raise CheckpointError(
+        "the directory holds no weights",
+        field="head",
+        value=str(directory),
+        allowed=f"{SAFETENSORS} or {PICKLED}",
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -86,8 +93,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(f"is truncated or not a file of tensors: {str(error).splitlines()[0]}",
-                              field=str(path), remedy="Fetch it again.") from error  # fmt: skip
+        raise CheckpointError(
+            f"is truncated or not a file of tensors: {str(error).splitlines()[0]}",
+            field=str(path),
+            remedy="Fetch it again.",
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError("is not a table of tensors", field=str(path))
     return loaded
@@ -96,8 +106,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write config.json and model.safetensors under a temporary name, then rename.
 
-    A new directory appears whole. In one that exists the two files are replaced, each at once, and other files (model
-    card, logs) stay.
+    A new directory appears whole. In one that exists the two files are replaced, each at once, and other
+    files (model card, logs) stay.
 
     Raises:
         CheckpointError: the disk refuses (full, read-only), or `directory` is a file; nothing is left behind.
@@ -112,8 +122,11 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
         (staging / CONFIG).write_text(text, encoding="utf-8")
         _move_in(staging, directory)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be written: {error}", field=str(directory),
-                              remedy="Free some space or choose another directory.") from error  # fmt: skip
+        raise CheckpointError(
+            f"cannot be written: {error}",
+            field=str(directory),
+            remedy="Free some space or choose another directory.",
+        ) from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -122,7 +135,7 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
 
 def _move_in(staging: Path, directory: Path) -> None:
     if not directory.exists():
-        os.rename(staging, directory)  # noqa: PTH104 - Path.rename is the same call; this one reads as the commit
+        staging.rename(directory)
         return
     for name in (SAFETENSORS, CONFIG):
         (staging / name).replace(directory / name)

@@ -1,8 +1,8 @@
 """The names and shapes of a head's tensors on disk, both ways between files and `DraftHead`.
 
-Raw EAGLE-3 says `midlayer.`, speculators says `layers.0.`; all else is equal. Files keep q, k, v, gate and up apart
-and write the draft vocabulary as offsets (`d2t`: id = i + d2t[i]); in memory they are packed and absolute. Knows
-nothing of config.json nor of how files are read.
+Raw EAGLE-3 says `midlayer.`, speculators says `layers.0.`; all else is equal. Files keep q, k, v, gate and up
+apart and write the draft vocabulary as offsets (`d2t`: id = i + d2t[i]); in memory they are packed and
+absolute. Knows nothing of config.json nor of how files are read.
 Dimension legend: H hidden, Ht target hidden, A taps, I MLP width, Vd draft vocabulary, V target vocabulary.
 """
 
@@ -62,11 +62,13 @@ def shapes(config: HeadConfig, layout: Layout = "raw") -> dict[str, tuple[int, .
         layer + "self_attn.o_proj.weight": (c.hidden, query),
         **{layer + name: (c.intermediate, c.hidden) for name in _GATE_UP},
         layer + "mlp.down_proj.weight": (c.hidden, c.intermediate),
-        **{layer + f"{norm}.weight": (c.hidden,)
-           for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
+        **{
+            layer + f"{norm}.weight": (c.hidden,)
+            for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        },
         "norm.weight": (c.hidden,),
         "lm_head.weight": (c.draft_vocab, c.hidden),
-    }  # fmt: skip
+    }
     if c.fc_norm:
         table |= {f"fc_norm.{i}.weight": (c.target_hidden,) for i in range(len(c.taps))}
     if c.norm_before_fc:
@@ -98,22 +100,32 @@ def absolute_ids(offsets: Tensor, vocab: int) -> Tensor:
     outside = ((ids < 0) | (ids >= vocab)).nonzero()
     if outside.numel():
         at = int(outside[0])
-        raise CheckpointError(f"entry {at} points outside the target's vocabulary", field=OFFSETS,
-                              value=int(ids[at]), allowed=f"i + d2t[i] in 0..{vocab - 1}",
-                              remedy="d2t holds offsets, not ids.")  # fmt: skip
+        raise CheckpointError(
+            f"entry {at} points outside the target's vocabulary",
+            field=OFFSETS,
+            value=int(ids[at]),
+            allowed=f"i + d2t[i] in 0..{vocab - 1}",
+            remedy="d2t holds offsets, not ids.",
+        )
     falls = (ids.diff() <= 0).nonzero()
     if falls.numel():
         at = int(falls[0])
-        raise CheckpointError(f"ids do not rise at entry {at + 1}", field=OFFSETS,
-                              value=[int(ids[at]), int(ids[at + 1])], allowed="i + d2t[i] strictly increasing",
-                              remedy="d2t holds offsets of sorted ids, not ids.")  # fmt: skip
+        raise CheckpointError(
+            f"ids do not rise at entry {at + 1}",
+            field=OFFSETS,
+            value=[int(ids[at]), int(ids[at + 1])],
+            allowed="i + d2t[i] strictly increasing",
+            remedy="d2t holds offsets of sorted ids, not ids.",
+        )
     return ids
 
 
 def fill(head: DraftHead, tensors: Mapping[str, Tensor], ids: Tensor) -> None:
     """Put checked tensors (raw names) and absolute ids into a head, in the head's dtype."""
-    state = {ours: torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
-             for ours, names in parts(head.config).items()}  # fmt: skip
+    state = {
+        ours: torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
+        for ours, names in parts(head.config).items()
+    }
     head.load_state_dict(state | {"ids": ids})
 
 
@@ -121,15 +133,19 @@ def tensors_of(head: DraftHead, layout: Layout, dtype: torch.dtype) -> dict[str,
     """Every tensor of a checkpoint: weights in `dtype`, `d2t` int64 [Vd] offsets, `t2d` bool [V].
 
     Raises:
-        CheckpointError: a head that was packed for decoding, was never filled, or has NaN or infinite weights.
+        CheckpointError: a head that was packed for decoding, was never filled, or has NaN or infinite
+            weights.
     """
     state, expected = head.state_dict(), shapes(head.config, layout)
     out: dict[str, Tensor] = {}
     for ours, names in parts(head.config, layout).items():
         packed = state[ours].detach().to("cpu", dtype)
         if packed.shape[0] != sum(expected[name][0] for name in names):
-            raise CheckpointError("was packed for decoding and no longer holds its weight", field=ours,
-                                  remedy="Save the head before freeze(), or load it again.")  # fmt: skip
+            raise CheckpointError(
+                "was packed for decoding and no longer holds its weight",
+                field=ours,
+                remedy="Save the head before freeze(), or load it again.",
+            )
         for name, part in zip(names, packed.split([expected[name][0] for name in names]), strict=True):
             out[name] = part.clone(memory_format=torch.contiguous_format)
     for name, tensor in out.items():
@@ -146,5 +162,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raises CheckpointError naming the tensor when it holds NaN or infinity."""
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"{bad} of {tensor.numel()} weights are NaN or infinite", field=name,
-                              remedy="The file is damaged, or its training diverged.")  # fmt: skip
+        raise CheckpointError(
+            f"{bad} of {tensor.numel()} weights are NaN or infinite",
+            field=name,
+            remedy="The file is damaged, or its training diverged.",
+        )

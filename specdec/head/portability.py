@@ -1,7 +1,8 @@
-"""Which engines can load a head as it lies on disk, and why not: by what their loaders read (read, mostly not run).
+"""Which engines can load a head as it lies on disk, and why not, by what their loaders read.
 
-Sources: vLLM 0.32, SGLang 0.5.23, llama.cpp of mid 2026, SafeAILab/EAGLE of February 2026, speculators 0.9. An engine
-that would load a head and compute something else in silence counts as unable.
+Sources: vLLM 0.32, SGLang 0.5.23, llama.cpp of mid 2026, SafeAILab/EAGLE of February 2026, speculators 0.9.
+An engine that would load a head and compute something else in silence counts as unable. Most of this
+was learnt by reading those loaders, not by running them.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class _Head:
             return None
 
 
-def check(path: Path | str, *, taps: tuple[int, ...] | None = None,
-          target_layers: int | None = None) -> list[Loadability]:  # fmt: skip
+def check(
+    path: Path | str, *, taps: tuple[int, ...] | None = None, target_layers: int | None = None
+) -> list[Loadability]:
     """A verdict per engine on the head in a directory.
 
     Args:
@@ -107,8 +109,10 @@ def _sglang(head: _Head) -> Loadability:
         against.append("needs draft_vocab_size in config.json, else it drafts with the target's LM head")
     if config.get("tie_word_embeddings"):
         against.append("tie_word_embeddings makes it ignore the head's lm_head")
-    mind = ["refuses a head shorter than its context (max_position_embeddings "
-            f"{head.config.max_length}) unless SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1"]  # fmt: skip
+    mind = [
+        "refuses a head shorter than its context (max_position_embeddings "
+        f"{head.config.max_length}) unless SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1"
+    ]
     return _verdict("SGLang", against, mind)
 
 
@@ -131,8 +135,10 @@ def _eagle(head: _Head) -> Loadability:
     if not head.is_raw:
         return _verdict("EAGLE (SafeAILab)", ["reads the raw layout only"])
     config = head.config
-    against = [f"does not compute {name}"
-               for name in head.on("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")]  # fmt: skip
+    against = [
+        f"does not compute {name}"
+        for name in head.on("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    ]
     expected = head.default_for()
     if len(config.taps) != 3 or (expected is not None and config.taps != expected):
         against.append(f"always reads {_shown(expected)}, the head reads {list(config.taps)}")
@@ -149,7 +155,9 @@ def _eagle(head: _Head) -> Loadability:
 
 def _speculators(head: _Head) -> Loadability:
     if head.is_raw:
-        return _verdict("speculators", ["reads its own layout; specdec export --format speculators writes it"])
+        return _verdict(
+            "speculators", ["reads its own layout; specdec export --format speculators writes it"]
+        )
     against = []
     if len(head.config.taps) != 3 and not head.config.fc_norm:
         against.append(f"fc is built for 3 taps, the head has {len(head.config.taps)}")
@@ -164,12 +172,18 @@ def _ids(head: _Head, read: tuple[str, ...], shift: int) -> list[str]:
             means = 1 if place == f"{NESTED}.{IDS}" else 0  # what that place means in our reading
             used = tuple(tap - means + shift for tap in declared[place])
             wrong = used != head.config.taps
-            return [f"takes {place} for layers {list(used)}, trained on {list(head.config.taps)}"] if wrong else []
+            return (
+                [f"takes {place} for layers {list(used)}, trained on {list(head.config.taps)}"]
+                if wrong
+                else []
+            )
     expected = head.default_for()
     if expected == head.config.taps:
         return []
-    return [f"finds no layer ids in {' or '.join(read)} and takes {_shown(expected)} in silence, "
-            f"trained on {list(head.config.taps)}"]  # fmt: skip
+    return [
+        f"finds no layer ids in {' or '.join(read)} and takes {_shown(expected)} in silence, "
+        f"trained on {list(head.config.taps)}"
+    ]
 
 
 def _shown(taps: tuple[int, ...] | None) -> str:
@@ -177,5 +191,10 @@ def _shown(taps: tuple[int, ...] | None) -> str:
 
 
 _RULES: tuple[Callable[[_Head], Loadability], ...] = (
-    _vllm_v1, _vllm_v2, _sglang, _llama_cpp, _eagle, _speculators,
-)  # fmt: skip
+    _vllm_v1,
+    _vllm_v2,
+    _sglang,
+    _llama_cpp,
+    _eagle,
+    _speculators,
+)

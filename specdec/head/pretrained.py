@@ -1,4 +1,5 @@
-"""Heads that ship with the package, by the name of their target. Knows where they lie, not what is in them."""
+"""Heads that ship with the package, by the name of their target. Knows where they lie, not what is in
+them."""
 
 from __future__ import annotations
 

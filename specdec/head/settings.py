@@ -1,7 +1,7 @@
 """What a head's config.json says, read into a HeadConfig: every default spelled out, nothing guessed.
 
-Both layouts are understood; where engines disagree about a missing key this file follows vLLM and says so. It does
-not look at tensors.
+Both layouts are understood; where engines disagree about a missing key this file follows vLLM and says so. It
+does not look at tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ FAMILIES = ("llama", "mistral")
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
-def head_config(config: Mapping[str, Any], layout: Layout, taps: tuple[int, ...] | None = None,
-                target_layers: int | None = None) -> HeadConfig:  # fmt: skip
+def head_config(
+    config: Mapping[str, Any],
+    layout: Layout,
+    taps: tuple[int, ...] | None = None,
+    target_layers: int | None = None,
+) -> HeadConfig:
     """The HeadConfig a config.json describes.
 
     Args:
@@ -64,12 +68,18 @@ def head_config(config: Mapping[str, Any], layout: Layout, taps: tuple[int, ...]
     except (CheckpointError, UnsupportedError):
         raise
     except SpecdecError as error:
-        raise CheckpointError(error.message, field=f"config.json: {error.field}", value=error.value,
-                              allowed=error.allowed, remedy=error.remedy) from error  # fmt: skip
+        raise CheckpointError(
+            error.message,
+            field=f"config.json: {error.field}",
+            value=error.value,
+            allowed=error.allowed,
+            remedy=error.remedy,
+        ) from error
 
 
 def switches(config: Mapping[str, Any], layout: Layout) -> dict[str, bool]:
-    """The four norm switches. A missing norm_before_residual means True in speculators files, False in raw ones."""
+    """The four norm switches. A missing norm_before_residual means True in speculators files, False in raw
+    ones."""
     nested = config.get(NESTED) or {}
     absent = {"norm_before_residual": layout == "speculators"}
     found = {name: config.get(name, nested.get(name, absent.get(name, False))) for name in SWITCHES}
@@ -79,12 +89,13 @@ def switches(config: Mapping[str, Any], layout: Layout) -> dict[str, bool]:
     return found
 
 
-def resolve_taps(config: Mapping[str, Any], given: tuple[int, ...] | None,
-                 target_layers: int | None) -> tuple[int, ...]:  # fmt: skip
+def resolve_taps(
+    config: Mapping[str, Any], given: tuple[int, ...] | None, target_layers: int | None
+) -> tuple[int, ...]:
     """Tap ids (layer-input convention) from the file or the user; all sources must agree.
 
-    Top-level ids are layer inputs (vLLM, llama.cpp); those nested in eagle_config are layer outputs (SGLang), that is
-    one less.
+    Top-level ids are layer inputs (vLLM, llama.cpp); those nested in eagle_config are layer outputs (SGLang),
+    that is one less.
 
     >>> resolve_taps({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}, None, 32)
     (2, 16, 29)
@@ -93,16 +104,25 @@ def resolve_taps(config: Mapping[str, Any], given: tuple[int, ...] | None,
     if given is not None:
         sources["taps"] = tuple(sorted(given))
     if not sources:
-        raise MismatchError("the head does not say which layers it reads", field="taps",
-                            remedy=_suggestion(target_layers))  # fmt: skip
+        raise MismatchError(
+            "the head does not say which layers it reads", field="taps", remedy=_suggestion(target_layers)
+        )
     if len(set(sources.values())) > 1:
         told = ", ".join(f"{name} means {list(ids)}" for name, ids in sources.items())
-        raise MismatchError(f"sources disagree about the layers the head reads: {told} (as layer inputs)",
-                            field="taps", remedy="Correct config.json: nested ids are one less.")  # fmt: skip
+        raise MismatchError(
+            f"sources disagree about the layers the head reads: {told} (as layer inputs)",
+            field="taps",
+            remedy="Correct config.json: nested ids are one less.",
+        )
     found = next(iter(sources.values()))
     if target_layers is not None and found and found[-1] > target_layers:
-        raise MismatchError("a tap lies beyond the target's last layer", field="taps", value=list(found),
-                            allowed=f"0..{target_layers}", remedy="This head was made for a deeper target.")  # fmt: skip
+        raise MismatchError(
+            "a tap lies beyond the target's last layer",
+            field="taps",
+            value=list(found),
+            allowed=f"0..{target_layers}",
+            remedy="This head was made for a deeper target.",
+        )
     return found
 
 
@@ -131,9 +151,15 @@ def rope_of(layer: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         CheckpointError: two bases, or a scaling block that lacks a number.
     """
     block = dict(layer.get("rope_parameters") or layer.get("rope_scaling") or {})
-    bases = {float(value) for value in (layer.get("rope_theta"), block.pop("rope_theta", None)) if value is not None}
+    bases = {
+        float(value)
+        for value in (layer.get("rope_theta"), block.pop("rope_theta", None))
+        if value is not None
+    }
     if len(bases) > 1:
-        raise CheckpointError("two different rotary bases", field="config.json: rope_theta", value=sorted(bases))
+        raise CheckpointError(
+            "two different rotary bases", field="config.json: rope_theta", value=sorted(bases)
+        )
     theta = bases.pop() if bases else 10000.0
     scaling = block if block.get("rope_type", block.get("type", "default")) != "default" else None
     try:
@@ -148,7 +174,10 @@ def _suggestion(layers: int | None) -> str:
     if layers is None:
         return text + "."
     try:
-        return text + f"; EAGLE-3's own choice for {layers} layers is {','.join(map(str, default_taps(layers)))}."
+        return (
+            text
+            + f"; EAGLE-3's own choice for {layers} layers is {','.join(map(str, default_taps(layers)))}."
+        )
     except SpecdecError:
         return text + "."
 
@@ -156,15 +185,24 @@ def _suggestion(layers: int | None) -> str:
 def _refuse_other_layers(layer: Mapping[str, Any]) -> None:
     family, act = layer.get("model_type", "llama"), layer.get("hidden_act", "silu")
     if family not in FAMILIES:
-        raise UnsupportedError("not a head this build computes", field="config.json: model_type", value=family,
-                               allowed=", ".join(FAMILIES))  # fmt: skip
+        raise UnsupportedError(
+            "not a head this build computes",
+            field="config.json: model_type",
+            value=family,
+            allowed=", ".join(FAMILIES),
+        )
     if act != "silu":
-        raise UnsupportedError("not an activation this build computes", field="config.json: hidden_act",
-                               value=act, allowed="silu")  # fmt: skip
+        raise UnsupportedError(
+            "not an activation this build computes",
+            field="config.json: hidden_act",
+            value=act,
+            allowed="silu",
+        )
 
 
 def _window(layer: Mapping[str, Any]) -> int | None:
-    """A window counts where layer_types declares it, as in vLLM; Llama files carry stray `sliding_window` keys."""
+    """A window counts where layer_types declares it, as in vLLM; Llama files carry stray `sliding_window`
+    keys."""
     kinds = layer.get("layer_types") or []
     if not kinds or kinds[0] != "sliding_attention":
         return None

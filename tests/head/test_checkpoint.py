@@ -20,11 +20,27 @@ from specdec.head.model import DraftHead
 
 NAMES = TargetNames("tiny/target", ("LlamaForCausalLM",), bos=1, eos=2)
 CONFIG = HeadConfig(
-    hidden=16, target_hidden=16, taps=(2, 4, 5), intermediate=24, heads=4, kv_heads=2, head_dim=6, vocab=64,
-    draft_vocab=20, eps=1e-6, theta=500.0, max_length=128, fingerprint="abc",
-)  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+    hidden=16,
+    target_hidden=16,
+    taps=(2, 4, 5),
+    intermediate=24,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    vocab=64,
+    draft_vocab=20,
+    eps=1e-6,
+    theta=500.0,
+    max_length=128,
+    fingerprint="abc",
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SAVERS = {"raw": save_raw, "speculators": save_speculators}
 
 
@@ -47,7 +63,9 @@ def logits(head: DraftHead) -> Tensor:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
         return out.transpose(1, 2)
 
     with torch.no_grad():
@@ -83,14 +101,20 @@ def raw(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", SAVERS)
-@pytest.mark.parametrize("changes", [
-    {},
-    {"norm_before_residual": True},
-    {"norm_before_fc": True},
-    {"fc_norm": True, "norm_output": True},
-    {"scaling": LLAMA3, "window": 32, "taps": (0, 1, 3, 6), "draft_vocab": 64},
-], ids=["portable", "residual", "before_fc", "eagle31", "rest"])  # fmt: skip
-def test_round_trip_gives_the_same_logits_bit_for_bit(tmp_path: Path, layout: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_before_residual": True},
+        {"norm_before_fc": True},
+        {"fc_norm": True, "norm_output": True},
+        {"scaling": LLAMA3, "window": 32, "taps": (0, 1, 3, 6), "draft_vocab": 64},
+    ],
+    ids=["portable", "residual", "before_fc", "eagle31", "rest"],
+)
+def test_round_trip_gives_the_same_logits_bit_for_bit(
+    tmp_path: Path, layout: str, changes: dict[str, Any]
+) -> None:
     head = random_head(replace(CONFIG, **changes))
     again = load_head(SAVERS[layout](head, tmp_path / "head", target=NAMES, dtype=torch.float32))
     assert again.config == head.config
@@ -131,20 +155,23 @@ def test_embeddings_are_noted_and_their_shape_is_checked(raw: Path) -> None:
         load_head(raw)
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("midlayer__self_attn__q_proj__weight", None, "missing"),
-    ("midlayer__self_attn__q_norm__weight", torch.ones(6), "not part"),
-    ("lm_head__weight", torch.zeros(21, 16), "wrong shape"),
-    ("midlayer__mlp__up_proj__weight", torch.full((24, 16), torch.nan), "NaN"),
-    ("norm__weight", torch.full((16,), torch.inf), "infinite"),
-    ("fc__weight", torch.zeros(16, 48, dtype=torch.int64), "floating"),
-    ("d2t", None, "missing"),
-    ("d2t", torch.arange(20) * 3, "outside"),
-    ("d2t", torch.cat([torch.zeros(19), -torch.ones(1)]).long(), "rise"),
-    ("d2t", torch.zeros(20), "whole numbers"),
-    ("d2t", torch.zeros(19, dtype=torch.int64), "wrong shape"),
-    ("t2d", torch.ones(64, dtype=torch.bool), "same tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("midlayer__self_attn__q_proj__weight", None, "missing"),
+        ("midlayer__self_attn__q_norm__weight", torch.ones(6), "not part"),
+        ("lm_head__weight", torch.zeros(21, 16), "wrong shape"),
+        ("midlayer__mlp__up_proj__weight", torch.full((24, 16), torch.nan), "NaN"),
+        ("norm__weight", torch.full((16,), torch.inf), "infinite"),
+        ("fc__weight", torch.zeros(16, 48, dtype=torch.int64), "floating"),
+        ("d2t", None, "missing"),
+        ("d2t", torch.arange(20) * 3, "outside"),
+        ("d2t", torch.cat([torch.zeros(19), -torch.ones(1)]).long(), "rise"),
+        ("d2t", torch.zeros(20), "whole numbers"),
+        ("d2t", torch.zeros(19, dtype=torch.int64), "wrong shape"),
+        ("t2d", torch.ones(64, dtype=torch.bool), "same tokens"),
+    ],
+)
 def test_a_bad_tensor_is_named(raw: Path, key: str, value: Tensor | None, words: str) -> None:
     edit_tensors(raw, **{key: value})
     with pytest.raises(CheckpointError, match=words) as caught:

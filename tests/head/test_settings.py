@@ -12,11 +12,21 @@ from specdec.head.export import TargetNames, raw_config, speculators_config
 from specdec.head.settings import IDS, head_config, resolve_taps, rope_of
 
 OFFICIAL: dict[str, Any] = {  # shape of the Llama-3.1-8B release
-    "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "hidden_act": "silu", "rms_norm_eps": 1e-05, "max_position_embeddings": 2048, "vocab_size": 128256,
-    "draft_vocab_size": 32000, "tie_word_embeddings": False, "torch_dtype": "float16",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "vocab_size": 128256,
+    "draft_vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
 
 
 def test_the_official_release_needs_its_taps_named() -> None:
@@ -31,24 +41,31 @@ def nested(ids: list[int]) -> dict[str, Any]:
     return {"eagle_config": {IDS: ids, "use_aux_hidden_state": True}}
 
 
-@pytest.mark.parametrize(("config", "given", "taps"), [
-    ({IDS: [2, 16, 29]}, None, (2, 16, 29)),
-    (nested([1, 15, 28]), None, (2, 16, 29)),
-    ({IDS: [2, 16, 29], **nested([1, 15, 28])}, (2, 16, 29), (2, 16, 29)),
-    ({"eagle_config": {"layer_ids": [2, 16, 29]}}, None, (2, 16, 29)),
-    ({IDS: [29, 2, 16]}, None, (2, 16, 29)),
-    ({}, (1, 9, 17, 25, 33), (1, 9, 17, 25, 33)),
-])  # fmt: skip
-def test_layer_ids_of_every_convention(config: dict[str, Any], given: tuple[int, ...] | None,
-                                       taps: tuple[int, ...]) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "given", "taps"),
+    [
+        ({IDS: [2, 16, 29]}, None, (2, 16, 29)),
+        (nested([1, 15, 28]), None, (2, 16, 29)),
+        ({IDS: [2, 16, 29], **nested([1, 15, 28])}, (2, 16, 29), (2, 16, 29)),
+        ({"eagle_config": {"layer_ids": [2, 16, 29]}}, None, (2, 16, 29)),
+        ({IDS: [29, 2, 16]}, None, (2, 16, 29)),
+        ({}, (1, 9, 17, 25, 33), (1, 9, 17, 25, 33)),
+    ],
+)
+def test_layer_ids_of_every_convention(
+    config: dict[str, Any], given: tuple[int, ...] | None, taps: tuple[int, ...]
+) -> None:
     assert resolve_taps(config, given, 36) == taps
 
 
-@pytest.mark.parametrize(("config", "given"), [
-    ({IDS: [2, 16, 29], **nested([2, 16, 29])}, None),
-    ({IDS: [2, 16, 29]}, (2, 16, 28)),
-    (nested([1, 15, 28]), (1, 15, 28)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        ({IDS: [2, 16, 29], **nested([2, 16, 29])}, None),
+        ({IDS: [2, 16, 29]}, (2, 16, 28)),
+        (nested([1, 15, 28]), (1, 15, 28)),
+    ],
+)
 def test_contradicting_ids_are_refused(config: dict[str, Any], given: tuple[int, ...] | None) -> None:
     with pytest.raises(MismatchError, match="disagree"):
         resolve_taps(config, given, None)
@@ -66,7 +83,10 @@ def test_rotary_spellings() -> None:
     assert rope_of({}) == (10000.0, None)
     assert rope_of({"rope_theta": 5e5, "rope_scaling": None}) == (5e5, None)
     assert rope_of({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}) == (7.0, None)
-    assert rope_of({"rope_scaling": {"type": "linear", "factor": 2.0}}) == (10000.0, {"type": "linear", "factor": 2.0})
+    assert rope_of({"rope_scaling": {"type": "linear", "factor": 2.0}}) == (
+        10000.0,
+        {"type": "linear", "factor": 2.0},
+    )
     with pytest.raises(UnsupportedError, match="yarn"):
         rope_of({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     with pytest.raises(CheckpointError, match="low_freq_factor"):
@@ -75,17 +95,20 @@ def test_rotary_spellings() -> None:
         rope_of({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}})
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("hidden_size", None, "hidden_size"),
-    ("hidden_size", "wide", "hidden_size"),
-    ("vocab_size", True, "vocab_size"),
-    ("num_key_value_heads", 5, "kv_heads"),
-    ("draft_vocab_size", 200000, "draft_vocab"),
-    ("rms_norm_eps", "small", "rms_norm_eps"),
-    ("norm_output", "yes", "norm_output"),
-    (IDS, "2,16,29", IDS),
-    (IDS, [2, 2, 29], "taps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", None, "hidden_size"),
+        ("hidden_size", "wide", "hidden_size"),
+        ("vocab_size", True, "vocab_size"),
+        ("num_key_value_heads", 5, "kv_heads"),
+        ("draft_vocab_size", 200000, "draft_vocab"),
+        ("rms_norm_eps", "small", "rms_norm_eps"),
+        ("norm_output", "yes", "norm_output"),
+        (IDS, "2,16,29", IDS),
+        (IDS, [2, 2, 29], "taps"),
+    ],
+)
 def test_a_bad_key_is_named(key: str, value: Any, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         head_config({IDS: [2, 16, 29]} | OFFICIAL | {key: value}, "raw")
