@@ -32,9 +32,9 @@ class Partial:
 def merge(parts: Sequence[Partial]) -> Partial:
     """Attention over the union of the keys of all parts, in float32 or wider.
 
-    A row for which a part has no keys is marked by an lse of -inf or of +inf: flash-attn 2 reports +inf for an
-    empty prefix (`softmax.h`), flash-attn 3 reports -inf. Finite scores never sum to infinity, so both mean
-    empty; the part's output is not looked at there. A row without keys in any part gets zeros and -inf.
+    A row for which a part has no keys is marked by an lse of -inf or of +inf: flash-attn 2 reports +inf for
+    an empty prefix (`softmax.h`), flash-attn 3 reports -inf. Finite scores never sum to infinity, so both
+    mean empty; the part's output is not looked at there. A row without any keys gets zeros and -inf.
 
     >>> one = Partial(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
     >>> empty = Partial(torch.full((1, 1, 1, 1), torch.nan), torch.full((1, 1, 1), torch.inf))

@@ -1,9 +1,9 @@
 """Tree attention by our own split-KV kernels: tilings, checks and launches; the default on CUDA.
 
-Knows nothing of models or graphs, and imports triton only inside functions. Everything a launch needs from the
-device (lengths, slots, ancestor bits) is read by the kernel, so a captured launch stays right at every length.
+Knows nothing of models or graphs, and imports triton only inside functions. Everything a launch needs from
+the device (lengths, slots, ancestor bits) is read by the kernel: a captured launch is right at every length.
 
-Dimension legend: B requests, N new rows of each, Hq query heads, Hkv KV heads, S cache rows of a slot, D head size.
+Dimension legend: B requests, N new rows of each, Hq query heads, Hkv KV heads, S cache rows, D head size.
 """
 
 from __future__ import annotations
@@ -48,23 +48,28 @@ class Tiling:
     stages: int
 
 
-def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.dtype, multiprocessors: int) -> Tiling:
+def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.dtype, words: int = 1,
+           multiprocessors: int = 1) -> Tiling:  # fmt: skip
     """The tiling for `packed` = N * group rows of `pairs` = B * Hkv over slots of `capacity` rows.
 
-    Tiles whose registers do not spill on sm_90 (a test compiles each): 64 x 64 with 4 warps, 128 x 64 with 8. Small
-    batches cut the keys until every multiprocessor has work; each share keeps at least two blocks of keys.
+    Every tile here compiles for sm_90 without spilling registers; a test compiles them. Small batches cut
+    the keys until every multiprocessor has work, but a share keeps at least two blocks of keys.
     """
     head = max(16, 1 << (head_dim - 1).bit_length())
-    full = dtype == torch.float32
-    keys = 32 if full or head > 128 else 64
-    widest = 32 if full or head > 128 else 64
+    if dtype == torch.float32:  # exact products run outside the tensor cores, in small tiles
+        widest, keys, warps, stages = (32 if head <= 128 else 16), 16, 8, 2
+    elif head > 128:
+        widest, keys, warps, stages = 64, 32, 8, 2
+    elif words > 1:  # ancestor words gathered key by key take registers
+        widest, keys, warps, stages = 32, 64, 4, 3
+    elif packed > 64 and pairs * -(-packed // 128) >= multiprocessors:
+        widest, keys, warps, stages = 128, 64, 8, 3
+    else:
+        widest, keys, warps, stages = 64, 64, 4, 3
     rows = min(widest, max(16, 1 << (packed - 1).bit_length()))
-    crowded = packed > 64 and pairs * -(-packed // 128) >= multiprocessors
-    if rows == 64 and crowded:
-        rows = 128
-    wanted = WAVES * multiprocessors / (pairs * -(-packed // rows))
-    splits = max(1, min(math.floor(wanted), MAX_SPLITS, capacity // (2 * keys)))
-    return Tiling(rows, keys, head, splits, 2 * keys, 8 if rows == 128 else 4, 2 if full or head > 128 else 3)
+    programs = pairs * -(-packed // rows)
+    splits = max(1, min(WAVES * multiprocessors // programs, MAX_SPLITS, capacity // (2 * keys)))
+    return Tiling(rows, keys, head, splits, 2 * keys, warps, stages)
 
 
 def tree_attention(
@@ -86,29 +91,30 @@ def tree_attention(
     """Attention of tree rows over the committed rows of their slot and their ancestors among the tree rows.
 
     Args:
-        q: [B, N, Hq, D]; k_cache, v_cache: [slots, Hkv, S, D] views of one layer with the new rows already written.
+        q: [B, N, Hq, D]; k_cache, v_cache: [slots, Hkv, S, D] views of one layer, new rows already written.
         slots: int64 [B]; lengths: int64 [B] committed rows.
-        ancestors: int64 [B, N], or [B, N, words] for more than 64 tree rows, bit j = cache row lengths + j; None
-            for a causal chunk (row i sees everything up to cache row lengths + offset + i).
+        ancestors: int64 [B, N], or [B, N, words] for more than 64 tree rows, bit j = cache row lengths + j;
+            None for a causal chunk (row i sees everything up to cache row lengths + offset + i).
         offset: tree rows stored before the first of the N new ones.
         scale, softcap: score = q k scale, then softcap * tanh(score / softcap).
-        window: a row sees a key iff its position minus the key's is below it; needs `positions` int64 [B, N] and,
-            behind older tree rows, `tree_positions` int64 [B, offset + N].
+        window: a row sees a key iff its position minus the key's is below it; needs `positions` int64 [B, N]
+            and, behind older tree rows, `tree_positions` int64 [B, offset + N].
         splits: shares of the keys; chosen for this machine when None.
 
     Returns: [B, N, Hq, D] of q's dtype. Rows that see nothing are zero.
 
     Raises:
-        UnsupportedError: no triton, no CUDA tensors, a dtype or a number of tree rows the kernels cannot take.
+        UnsupportedError: no triton, no CUDA tensors, a dtype or a number of rows the kernels cannot take.
     """
     _refuse(q, ancestors, offset)
     if window is not None:
         assert positions is not None, "a window needs positions"
-        assert ancestors is None or tree_positions is not None or offset == 0, "a window needs all tree positions"
+        assert ancestors is None or tree_positions is not None or offset == 0, "a window needs tree positions"
         tree_positions = positions if tree_positions is None else tree_positions
     b, n, heads, d = q.shape
     kv_heads = k_cache.shape[1]
-    cut = tiling(n * heads // kv_heads, b * kv_heads, k_cache.shape[2], d, q.dtype, _multiprocessors(q.device))
+    cut = tiling(n * heads // kv_heads, b * kv_heads, k_cache.shape[2], d, q.dtype, _words(ancestors),
+                 _multiprocessors(q.device))  # fmt: skip
     cut = cut if splits is None else replace(cut, splits=splits)
     view = _View(q, k_cache, v_cache, slots, lengths, ancestors, positions, tree_positions, offset, window)
     return _launch(view, cut, *score_factors(scale, softcap))
@@ -131,9 +137,9 @@ class _View:
 
     def pointers(self) -> list[Tensor | None]:
         """Inputs in the kernel's order; those without a use are None, which drops their code."""
-        near = [self.positions, self.tree_positions] if self.window is not None else [None, None]
-        index = [None if x is None else x.contiguous() for x in (self.slots, self.lengths, self.ancestors, *near)]
-        return [self.q, self.keys, self.values, *index]
+        near = (self.positions, self.tree_positions) if self.window is not None else (None, None)
+        index = (self.slots, self.lengths, self.ancestors, *near)
+        return [self.q, self.keys, self.values, *(None if x is None else x.contiguous() for x in index)]
 
     def strides(self) -> tuple[int, ...]:
         """Of q (request, node, head), then of the cache (slot, head, row), which keys and values share."""
@@ -145,7 +151,6 @@ class _View:
 def _launch(view: _View, cut: Tiling, scale: float, softcap: float | None) -> Tensor:
     b, n, heads, d = view.q.shape
     kv_heads, parts = view.keys.shape[1], cut.splits
-    words = view.ancestors.shape[2] if view.ancestors is not None and view.ancestors.dim() == 3 else 1
     out = torch.empty((b, n, heads, d), dtype=view.q.dtype, device=view.q.device)
     shape = (b, n, heads, parts) if parts > 1 else (1, 1, 1, 1)
     lse = torch.empty(shape, dtype=torch.float32, device=out.device)
@@ -153,22 +158,27 @@ def _launch(view: _View, cut: Tiling, scale: float, softcap: float | None) -> Te
     kernels = _kernels(out.device.type)
     kernels.split_kernel[(-(-n * heads // kv_heads // cut.rows), b * kv_heads, parts)](
         *view.pointers(), out, partial, lse, n, view.offset, scale, softcap, view.window, *view.strides(),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=words, SPLITS=parts, LEAST=cut.least,
-        BLOCK_ROWS=cut.rows, BLOCK_KEYS=cut.keys, BLOCK_HEAD=cut.head, num_warps=cut.warps, num_stages=cut.stages,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors), SPLITS=parts,
+        LEAST=cut.least, BLOCK_ROWS=cut.rows, BLOCK_KEYS=cut.keys, BLOCK_HEAD=cut.head,
+        num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
         kernels.combine_kernel[(b * n * heads,)](
-            out, partial, lse, HEAD=d, SPLITS=parts, BLOCK_SPLITS=1 << (parts - 1).bit_length(), BLOCK_HEAD=cut.head,
-            num_warps=2,
+            out, partial, lse, HEAD=d, SPLITS=parts, BLOCK_SPLITS=1 << (parts - 1).bit_length(),
+            BLOCK_HEAD=cut.head, num_warps=2, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """What the kernels multiply: base-2 exponents, and for a soft cap the argument of its tanh as 2 x log2(e)."""
+    """(scale, softcap) in base 2; under a soft cap the scale gives 2 x log2(e), x being tanh's argument."""
     if softcap is None:
         return scale * math.log2(math.e), None
     return scale / softcap * 2 * math.log2(math.e), softcap * math.log2(math.e)
+
+
+def _words(ancestors: Tensor | None) -> int:
+    return ancestors.shape[2] if ancestors is not None and ancestors.dim() == 3 else 1
 
 
 def _refuse(q: Tensor, ancestors: Tensor | None, offset: int) -> None:
@@ -177,7 +187,7 @@ def _refuse(q: Tensor, ancestors: Tensor | None, offset: int) -> None:
             "the triton kernels cannot attend in this dtype", field="dtype", value=str(q.dtype),
             allowed="float16, bfloat16, float32", remedy="Use the reference attention.",
         )  # fmt: skip
-    words = 1 if ancestors is None or ancestors.dim() == 2 else ancestors.shape[2]
+    words = _words(ancestors)
     if ancestors is not None and offset + q.shape[1] > WORD * words:
         raise UnsupportedError(
             "more tree rows than bits in their ancestor words", field="nodes", value=offset + q.shape[1],
@@ -199,7 +209,7 @@ def _kernels(device: str) -> Any:
         UnsupportedError: triton is not installed, or the tensors are not on CUDA and it does not interpret.
     """
     try:
-        import triton
+        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional, without types
     except ImportError as error:
         raise UnsupportedError(
             "triton is not installed", field="attention", value="triton",
@@ -216,7 +226,7 @@ def _kernels(device: str) -> Any:
 
 
 class TritonAttention:
-    """The kernels behind the `TreeAttention` protocol: causal chunks, whole trees and drafting levels alike."""
+    """The kernels behind the `TreeAttention` protocol: causal chunks, whole trees and drafting levels."""
 
     name = "triton"
 
