@@ -1,8 +1,8 @@
 """SuffixAutomaton: an index of every substring of one growing token sequence.
 
 Knows nothing of models, trees or requests. Blumer et al. 1985: at most two states per token, built online in
-amortised constant time. A state stands for a set of substrings that end at the same places; its link leads to its
-longest suffix that also ends elsewhere, so the link of the newest state is the longest suffix seen before.
+amortised constant time. A state stands for a set of substrings that end at the same places; its link leads to
+its longest suffix that also ends elsewhere: the link of the newest state is the longest suffix seen before.
 
     text     a b c a b        states of the suffixes:  [abcab] -> [ab] -> start
     match        ^ ^ = "ab", length 2; its transitions hold what followed it: c
@@ -11,7 +11,7 @@ longest suffix that also ends elsewhere, so the link of the newest state is the 
 from __future__ import annotations
 
 START = 0  # the state of the empty string
-COUNTED = 8  # suffixes whose followers are counted per token; natural text rarely has more, periodic text does
+COUNTED = 8  # suffixes whose followers are counted per token; only periodic text has more
 FOLLOWERS = 16  # followers remembered per state, the most recent ones
 
 
@@ -80,7 +80,7 @@ class SuffixAutomaton:
         return len(self.lengths) - 1
 
     def _suffix(self, state: int, token: int) -> int:
-        """The state of exactly `state`'s longest substring plus token, split off a longer one where needed."""
+        """The state of `state`'s longest substring plus token, split off a longer one where needed."""
         lengths, links, moves = self.lengths, self.links, self.moves
         there = moves[state][token]
         if lengths[there] == lengths[state] + 1:

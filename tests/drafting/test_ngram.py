@@ -14,7 +14,7 @@ from torch import Tensor
 from specdec import tree as trees
 from specdec.accept import Verdict, walk
 from specdec.drafting.automaton import COUNTED, FOLLOWERS, START, SuffixAutomaton
-from specdec.drafting.ngram import MEMORY, SEVERAL, SOLE, Calibration, NgramDrafter
+from specdec.drafting.ngram import MEMORY, MIXED, SOLE, Calibration, NgramDrafter
 from specdec.drafting.protocol import PLAIN, Context, Drafter, Shape
 from specdec.tree import DraftTree
 
@@ -52,7 +52,8 @@ def context(drafter: NgramDrafter, roots: list[int]) -> Context:
 def admit(*prompts: list[int]) -> tuple[NgramDrafter, Context]:
     drafter = NgramDrafter()
     for slot, text in enumerate(prompts):
-        drafter.admit(slot, torch.tensor(text[:-1], dtype=torch.int64), torch.zeros(len(text) - 1, 0), text[-1])
+        prompt = torch.tensor(text[:-1], dtype=torch.int64)
+        drafter.admit(slot, prompt, torch.zeros(len(text) - 1, 0), text[-1])
     return drafter, context(drafter, [text[-1] for text in prompts])
 
 
@@ -65,7 +66,9 @@ def verdict(tokens: list[list[int]]) -> Verdict:
     return Verdict(kept, counts, padded, counts - 1)
 
 
-def run(drafter: NgramDrafter, c: Context, tree: DraftTree, follow: list[list[int]]) -> tuple[Context, Verdict]:
+def run(
+    drafter: NgramDrafter, c: Context, tree: DraftTree, follow: list[list[int]]
+) -> tuple[Context, Verdict]:
     """One round with a target that writes `follow[b]` on after the root, whatever the tree."""
     depths = tree.depths.tolist()
     chosen = torch.tensor([[follow[b][d] for d in row] for b, row in enumerate(depths)])
@@ -107,7 +110,7 @@ class TestSuffixAutomaton:
     def test_followers_are_counted(self, text: list[int]) -> None:
         automaton = index(text)
         for start in range(len(text)):
-            state, steps = START, 0
+            state = START
             for end in range(start, len(text)):
                 state = automaton.moves[state][text[end]]
                 words = text[start : end + 1]
@@ -115,9 +118,8 @@ class TestSuffixAutomaton:
                 have = automaton.followers[state]
                 assert set(have) <= set(want)
                 assert all(have[token] <= count for token, count in want.items() if token in have)
-                steps += 1
         state, length = automaton.match()
-        if 0 < length and len(text) <= COUNTED:  # no chain of suffixes is longer than the counted ones
+        if length > 0 and len(text) <= COUNTED:  # no chain of suffixes is longer than the counted ones
             assert automaton.followers[state] == followers(text, text[len(text) - length :])
 
     def test_ranks_by_frequency_then_recency(self) -> None:
@@ -173,8 +175,8 @@ class TestTrees:
         assert scores[0] == 0
         assert all(scores[node] < scores[parents[node]] for node in range(1, tree.nodes))
         for parent in set(parents):
-            children = [math.exp(scores[n] - scores[parent]) for n in range(1, tree.nodes) if parents[n] == parent]
-            assert sum(children) < 1
+            children = [node for node in range(1, tree.nodes) if parents[node] == parent]
+            assert sum(math.exp(scores[node] - scores[parent]) for node in children) < 1
 
     def test_equal_what_build_and_pad_make(self) -> None:
         drafter, c = admit([1, 2, 3, 1, 2, 4, 1, 2], [1, 2, 3, 4], [5, 5, 5])
@@ -251,7 +253,7 @@ class TestAcceptance:
         assert [len(drafter._texts[slot]) for slot in (0, 1)] == [3, 5]
 
     def test_release_forgets(self) -> None:
-        drafter, c = admit([1, 2, 1, 2, 1])
+        drafter, _ = admit([1, 2, 1, 2, 1])
         drafter.release(0)
         assert not drafter._texts
         drafter.release(0)
@@ -287,7 +289,7 @@ class TestCalibration:
 
     def test_estimates_are_frequencies(self) -> None:
         calibration = Calibration()
-        bucket = Calibration.bucket(2, 0, SEVERAL)
+        bucket = Calibration.bucket(2, 0, MIXED)
         for turn in range(int(MEMORY) - 10):
             calibration.note(bucket, (0, 0, 1, None)[turn % 4])
         first, second, third, *_ = (math.exp(log) for log in calibration.logs(bucket))
@@ -306,7 +308,7 @@ class TestCalibration:
 
     def test_buckets_are_apart(self) -> None:
         places = {Calibration.bucket(length, depth, kind) for length in range(1, 40) for depth in range(64)
-                  for kind in range(3)}  # fmt: skip
+                  for kind in range(4)}  # fmt: skip
         calibration = Calibration()
         assert all(max(calibration.logs(place)) < 0 for place in places)
         assert Calibration.bucket(1, 0, 0) != Calibration.bucket(2, 0, 0) != Calibration.bucket(2, 1, 0)
