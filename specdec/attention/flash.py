@@ -1,7 +1,7 @@
-"""Tree attention around flash-attn: its kernel reads the prefix, a small dense block the tree, merged by LSE.
+"""Tree attention around flash-attn: its kernel reads the prefix, a dense block the tree, merged by LSE.
 
-Knows nothing of models or trees beyond their ancestor bits, and imports flash_attn only inside functions (FA3's
-`flash_attn_interface` first, then FA2's `flash_attn`; see the `flash` extra).
+Knows nothing of models or trees beyond their ancestor bits, and imports flash_attn only inside functions
+(FA3's `flash_attn_interface` first, then FA2's `flash_attn`; see the `flash` extra).
 
     keys    [0 ............... lengths)[ lengths .......... lengths + offset + N )
             flash, every row sees all   dense float32 [N, offset + N], by ancestor bit
@@ -9,8 +9,8 @@ Knows nothing of models or trees beyond their ancestor bits, and imports flash_a
 Sliding windows and soft caps are refused: a row's window depends on its node's depth, which flash-attn cannot
 express, and trimmed builds of flash-attn ignore both arguments without a word.
 
-Dimension legend: B requests, N new rows, T = offset + N stored tree rows, Hq query heads, Hkv KV heads, S cache
-rows of a slot, D head size.
+Dimension legend: B requests, N new rows, T = offset + N stored tree rows, Hq query heads, Hkv KV heads,
+S cache rows of a slot, D head size.
 """
 
 from __future__ import annotations
@@ -117,21 +117,23 @@ def plan_chunk(slots: Tensor, lengths: Tensor, n: int) -> TreePlan:
     return TreePlan(slots.int(), (lengths + n).int(), lengths[:, None], None)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, plan: TreePlan, scale: float, splits: int | None) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, plan: TreePlan, scale: float,
+            splits: int | None) -> Tensor:  # fmt: skip
     """Prefix by flash-attn without a causal mask, tree beside it, merged. All [B, N, Hq, D]."""
     out, lse, *_ = _kvcache()(
-        q, keys.transpose(1, 2), values.transpose(1, 2), cache_seqlens=plan.lengths, cache_batch_idx=plan.slots,
-        softmax_scale=scale, causal=False, num_splits=splits or 0, return_softmax_lse=True,
+        q, keys.transpose(1, 2), values.transpose(1, 2),
+        cache_seqlens=plan.lengths, cache_batch_idx=plan.slots, softmax_scale=scale, causal=False,
+        num_splits=splits or 0, return_softmax_lse=True,
     )  # fmt: skip
     prefix = Partial(out, lse.transpose(1, 2))
     return merge([prefix, _tree_block(q, keys, values, plan, scale)]).out.to(q.dtype)
 
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, plan: TreePlan, scale: float) -> Tensor:
-    """flash-attn aligns a causal mask at the end of the keys: row i of N sees the first length - N + i + 1."""
+    """flash-attn aligns a causal mask at the end of the keys: row i of N sees length - N + i + 1 of them."""
     out = _kvcache()(
-        q, keys.transpose(1, 2), values.transpose(1, 2), cache_seqlens=plan.lengths, cache_batch_idx=plan.slots,
-        softmax_scale=scale, causal=True,
+        q, keys.transpose(1, 2), values.transpose(1, 2),
+        cache_seqlens=plan.lengths, cache_batch_idx=plan.slots, softmax_scale=scale, causal=True,
     )  # fmt: skip
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result

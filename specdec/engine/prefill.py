@@ -70,6 +70,10 @@ class Prefill:
         wanted = request.sampling.logprobs
         return token, [] if wanted is None else token_logprobs(logits[0], [token], wanted)
 
+    def forget(self) -> None:
+        """Start from nothing: no later prompt takes over rows of an earlier one."""
+        self.held = [() for _ in self.held]
+
     def release(self, request: Request) -> None:
         """The slot keeps its rows for whoever comes with the same beginning."""
         request.features = []

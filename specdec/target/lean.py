@@ -154,7 +154,7 @@ class Step:
 
 
 class LeanDecoder(nn.Module):
-    """Embedding, blocks, final norm, LM head. Weights only; see `LeanTarget` in loading for the protocol.
+    """Embedding, blocks, final norm, LM head. Weights only; see `LeanTarget` in load.py for the protocol.
 
     Parameters start as NaN, so that one a checkpoint fails to fill cannot go unnoticed.
     """
@@ -200,26 +200,3 @@ class LeanDecoder(nn.Module):
         tapped[len(self.blocks)] = x
         features = torch.cat([tapped[k] for k in taps], dim=-1) if taps else x[..., :0]
         return States(self.norm(x), features)
-
-
-def translate(state: Mapping[str, Tensor], config: LeanConfig) -> dict[str, Tensor]:
-    """Rename and pack a Hugging Face state dict into ours. Raises KeyError naming a missing tensor."""
-    out = {"embedding": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    out["head.weight"] = out["embedding"] if config.tied else state["lm_head.weight"]
-    for i in range(config.layers):
-        old, new = f"model.layers.{i}.", f"blocks.{i}."
-        attn, mlp = old + "self_attn.", old + "mlp."
-        out[new + "input_norm.weight"] = state[old + "input_layernorm.weight"]
-        out[new + "mlp_norm.weight"] = state[old + "post_attention_layernorm.weight"]
-        out[new + "qkv.weight"] = torch.cat([state[f"{attn}{p}_proj.weight"] for p in "qkv"])
-        out[new + "out.weight"] = state[attn + "o_proj.weight"]
-        out[new + "gate_up.weight"] = torch.cat([state[f"{mlp}{p}_proj.weight"] for p in ("gate", "up")])
-        out[new + "down.weight"] = state[mlp + "down_proj.weight"]
-        if config.qkv_bias:
-            out[new + "qkv.bias"] = torch.cat([state[f"{attn}{p}_proj.bias"] for p in "qkv"])
-        if config.out_bias:
-            out[new + "out.bias"] = state[attn + "o_proj.bias"]
-        if config.qk_norm:
-            out[new + "q_norm.weight"] = state[attn + "q_norm.weight"]
-            out[new + "k_norm.weight"] = state[attn + "k_norm.weight"]
-    return out

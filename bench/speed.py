@@ -1,0 +1,157 @@
+"""`specdec bench speed`: tokens per second of every system on every prompt set, in one process, in turn.
+
+Wall time includes prefill. Systems take turns on each prompt, in an order that rotates, so drift of the machine
+hits all alike; speedups are ratios of totals over the same prompts, with bootstrap intervals over prompts.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.record import append, digest
+from bench.systems import Run, System, our_systems, transformers_systems
+from specdec.cli.prompts import Dialogue, read_dialogues
+from specdec.generate import Options, SpecDecoder
+from specdec.sampling import Sampling
+from specdec.stats import total
+
+RESAMPLES = 1000
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt set of a bench run."""
+
+    name: str
+    file: Path
+    prompts: list[tuple[int, ...]]
+
+
+def load_job(path: Path, decoder: SpecDecoder, limit: int | None) -> Job:
+    """First turns of a prompt file as token ids (later turns would depend on each system's own answers)."""
+    dialogues: list[Dialogue] = read_dialogues(path)[:limit]
+    prompts = [decoder.encode([*d.messages, {"role": "user", "content": d.turns[0]}]) for d in dialogues]
+    return Job(path.stem, path, prompts)
+
+
+def measure(job: Job, systems: Sequence[System], sampling: Sampling, repeats: int,
+            tick: Callable[[], None]) -> dict[str, list[list[Run]]]:  # fmt: skip
+    """Runs by system: a list per prompt of `repeats` runs. Each system warms up on the first prompt."""
+    for system in systems:
+        system.answer(job.prompts[0], sampling)
+    runs: dict[str, list[list[Run]]] = {s.name: [] for s in systems}
+    for number, prompt in enumerate(job.prompts):
+        for s in systems:
+            runs[s.name].append([])
+        for repeat in range(repeats):
+            turn = (number + repeat) % len(systems)
+            for system in [*systems[turn:], *systems[:turn]]:
+                runs[system.name][-1].append(system.answer(prompt, sampling))
+                tick()
+    return runs
+
+
+def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain") -> list[dict[str, Any]]:
+    """One row per system: tokens/s, speedup over the baseline and over transformers, tau, alpha, ms by phase."""
+    rows = []
+    for name, answers in runs.items():
+        speed = [_median_speed(answer) for answer in answers]
+        counters = total(run.counters for answer in answers for run in answer)
+        row: dict[str, Any] = {"set": job.name, "system": name, "prompts": len(answers),
+                               "prompt_hash": digest(job.file)}  # fmt: skip
+        row["tokens_per_second"], row["tokens_per_second_ci"] = _interval(speed, speed, ratio=False)
+        for other in (baseline, "transformers"):
+            if other in runs and other != name:
+                base = [_median_speed(answer) for answer in runs[other]]
+                row[f"over_{other}"], row[f"over_{other}_ci"] = _interval(speed, base, ratio=True)
+                row[f"same_tokens_as_{other}"] = _same(answers, runs[other])
+        if counters.rounds:
+            row |= {k: v for k, v in counters.as_dict().items() if k != "seconds"}
+            row["ms_per_round"] = {k: round(v / counters.rounds * 1e3, 3) for k, v in counters.seconds.items()}
+        rows.append(row)
+    return rows
+
+
+def _median_speed(answer: list[Run]) -> tuple[float, float]:
+    """(tokens, median seconds) of one prompt."""
+    return float(len(answer[0].tokens)), statistics.median(run.seconds for run in answer)
+
+
+def _interval(ours: list[tuple[float, float]], base: list[tuple[float, float]], *, ratio: bool
+              ) -> tuple[float, list[float]]:  # fmt: skip
+    """Rate over all prompts (or ratio of two) and its 95% bootstrap interval over prompts."""
+
+    def value(pick: Sequence[int]) -> float:
+        rate = sum(ours[i][0] for i in pick) / sum(ours[i][1] for i in pick)
+        return rate / (sum(base[i][0] for i in pick) / sum(base[i][1] for i in pick)) if ratio else rate
+
+    everyone = range(len(ours))
+    dice = random.Random(SEED)
+    draws = sorted(value(dice.choices(everyone, k=len(ours))) for _ in range(RESAMPLES))
+    low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]
+    return round(value(everyone), 3), [round(low, 3), round(high, 3)]
+
+
+def _same(left: list[list[Run]], right: list[list[Run]]) -> float:
+    """Share of prompts whose tokens are equal in both systems."""
+    same = [a[0].tokens == b[0].tokens for a, b in zip(left, right, strict=True)]
+    return round(sum(same) / len(same), 4)
+
+
+def first_divergences(decoder: SpecDecoder, job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain"
+                      ) -> list[dict[str, Any]]:  # fmt: skip
+    """Where tokens differ from the baseline's in low precision: position and the top-2 logit gap there."""
+    rows = []
+    for name, answers in runs.items():
+        for number, (answer, base) in enumerate(zip(answers, runs[baseline], strict=True)):
+            ours, theirs = answer[0].tokens, base[0].tokens
+            if ours == theirs:
+                continue
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            rows.append({"system": name, "prompt": number, "position": at,
+                         "gap": _gap(decoder, job.prompts[number] + theirs[:at])})  # fmt: skip
+    return rows
+
+
+def _gap(decoder: SpecDecoder, context: tuple[int, ...]) -> float:
+    """Difference of the two largest logits after a context."""
+    probe = Sampling(max_tokens=1, logprobs=2, ignore_eos=True)
+    answer = decoder.generate([list(context)], probe, speculate=False)[0]
+    (_, first), (_, second) = answer.logprobs[0].top
+    return round(first - second, 4)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run(files: Sequence[Path], target: str, drafters: Sequence[str], options: Options, sampling: Sampling, *,
+        limit: int | None, repeats: int, with_transformers: bool, tick: Callable[[str, int], Callable[[], None]],
+        ) -> list[dict[str, Any]]:  # fmt: skip
+    """The whole bench; returns rows and appends them to bench/results/speed.jsonl."""
+    decoder = SpecDecoder.from_pretrained(target, "none", options)
+    memory = peak_memory_mb()
+    systems = our_systems(decoder, drafters, options)
+    info = decoder.engine.target.info
+    if with_transformers:
+        systems += transformers_systems(decoder.loaded.files.directory, info.dtype, info.stop_ids)
+    shared = {"target": info.name, "dtype": str(info.dtype), "temperature": sampling.temperature,
+              "max_tokens": sampling.max_tokens, "repeats": repeats, "seed": SEED, "load_peak_mb": round(memory)}  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        job = load_job(path, decoder, limit)
+        runs = measure(job, systems, sampling, repeats, tick(job.name, len(job.prompts) * repeats * len(systems)))
+        diverged = first_divergences(decoder, job, runs) if sampling.greedy else []
+        for row in summarise(job, runs):
+            mine = [d for d in diverged if d["system"] == row["system"]]
+            rows.append({**shared, **row, "divergences": mine[:10], "diverged": len(mine)})
+    append("speed", rows)
+    return rows

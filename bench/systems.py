@@ -1,0 +1,83 @@
+"""What is compared: our loop under each drafter, and transformers' `generate`, plain and with prompt lookup.
+
+Every system answers token ids with token ids, greedily or sampled, over the same weights and dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from specdec.engine.request import Request
+from specdec.generate import Options, SpecDecoder
+from specdec.sampling import Sampling
+from specdec.stats import Counters
+
+LOOKUP_TOKENS = 10  # transformers' documented example value of prompt_lookup_num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One answer: ids, wall seconds with prefill, counters of our own systems."""
+
+    tokens: tuple[int, ...]
+    seconds: float
+    counters: Counters = field(default_factory=Counters)
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A named way to answer."""
+
+    name: str
+    answer: Callable[[Sequence[int], Sampling], Run]
+
+
+def ours(name: str, decoder: SpecDecoder) -> System:
+    """Our engine with the decoder's drafter."""
+
+    def answer(prompt: Sequence[int], sampling: Sampling) -> Run:
+        stops = frozenset(() if sampling.ignore_eos else decoder.engine.target.info.stop_ids)
+        decoder.engine.prefill.forget()  # no answer may profit from the one before
+        request = Request("bench", tuple(prompt), sampling, stops)
+        start = time.perf_counter()
+        for _ in decoder.run(request):
+            pass
+        return Run(tuple(request.output), time.perf_counter() - start, request.counters)
+
+    return System(name, answer)
+
+
+def transformers_systems(directory: Path, dtype: torch.dtype, stop_ids: Sequence[int]) -> list[System]:
+    """`generate` as a user would call it, without and with prompt lookup, over the same files."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+    def system(name: str, lookup: int | None) -> System:
+        def answer(prompt: Sequence[int], sampling: Sampling) -> Run:
+            ids = torch.tensor([list(prompt)])
+            extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+            law = {"do_sample": False} if sampling.greedy else {
+                "do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}  # fmt: skip
+            end = None if sampling.ignore_eos else list(stop_ids)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.max_tokens,
+                                     pad_token_id=0, eos_token_id=end, **law, **extra)  # fmt: skip
+            seconds = time.perf_counter() - start
+            return Run(tuple(out[0, ids.shape[1] :].tolist()), seconds)
+
+        return System(name, answer)
+
+    return [system("transformers", None), system("transformers-lookup", LOOKUP_TOKENS)]
+
+
+def our_systems(decoder: SpecDecoder, drafters: Sequence[str], options: Options) -> list[System]:
+    """The plain loop first, then each drafter, all over the same loaded weights."""
+    systems = [ours("plain", decoder.with_drafter("none", options))]
+    return systems + [ours(name, decoder.with_drafter(name, options)) for name in drafters if name != "none"]

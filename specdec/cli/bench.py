@@ -1,0 +1,87 @@
+"""`specdec bench speed`: the table of speeds, and one JSON line per row in bench/results/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specdec.cli.options import add_model, add_sampling, sampling_of
+from specdec.errors import SpecdecError
+
+EXAMPLES = """\
+examples:
+  specdec bench speed --prompts bench/prompts/*.jsonl --drafts ngram,auto --limit 10
+  specdec bench speed --prompts questions.jsonl --drafts ./my-head --no-transformers --tree 7/10/60"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    speed = kinds.add_parser("speed", help="tokens per second of every system on every prompt set", epilog=EXAMPLES,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_model(speed, draft=False)
+    add_sampling(speed, max_tokens=128)
+    speed.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="prompt sets (jsonl)")
+    speed.add_argument("--drafts", default="ngram,auto", help="drafters to compare, comma-separated")
+    speed.add_argument("--tree", default="auto", metavar="DEPTH/TOPK/NODES", help="fixed tree (default: budget)")
+    speed.add_argument("--limit", type=int, default=None, help="first prompts of each set")
+    speed.add_argument("--repeats", type=int, default=1, help="runs per prompt; the median counts")
+    speed.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")
+    speed.add_argument("--json", action="store_true", help="rows as JSON lines on stdout instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from bench import speed
+    except ImportError as error:
+        raise SpecdecError("is not installed here", field="bench", remedy="Run from a source checkout.") from error
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from specdec.cli.session import options_of
+
+    sampling = sampling_of(args)
+    with Progress(console=Console(stderr=True)) as progress:
+
+        def tick(name: str, steps: int) -> Callable[[], None]:
+            task = progress.add_task(name, total=steps)
+            return lambda: progress.advance(task)
+
+        rows = speed.run(args.prompts, args.target, _names(args.drafts), options_of(args), sampling, limit=args.limit,
+                         repeats=args.repeats, with_transformers=not args.no_transformers, tick=tick)  # fmt: skip
+    if args.json:
+        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+    else:
+        Console().print(table(rows))
+        sys.stderr.write(f"peak resident memory after loading: {rows[0]['load_peak_mb']} MB\n")
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(dict.fromkeys(names))
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a rich table."""
+    from rich.table import Table
+
+    out = Table(title="tokens/s include prefill; intervals are 95% over prompts")
+    for column in ("set", "system", "tokens/s", "over plain", "over transformers", "tau", "alpha", "same tokens"):
+        out.add_column(column)
+    for row in rows:
+        out.add_row(row["set"], row["system"], _with_ci(row, "tokens_per_second"), _with_ci(row, "over_plain"),
+                    _with_ci(row, "over_transformers"), str(row.get("tau", "")),
+                    " ".join(f"{a:.2f}" for a in row.get("alpha", [])), str(row.get("same_tokens_as_plain", "")))  # fmt: skip
+    return out
+
+
+def _with_ci(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return ""
+    low, high = row[f"{key}_ci"]
+    return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"

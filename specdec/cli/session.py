@@ -1,0 +1,84 @@
+"""What generate, chat and demo share: opening a decoder from flags and streaming one answer to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from specdec.engine.request import Piece
+from specdec.generate import Answer, Options, SpecDecoder, answer_of, parse_tree
+from specdec.sampling import Sampling
+
+GREEN, PLAIN = "\033[32m", "\033[0m"
+
+
+def options_of(args: argparse.Namespace, *, taps: tuple[int, ...] | None = None, slots: int = 1) -> Options:
+    """Library options from the shared flags."""
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    tree = parse_tree(getattr(args, "tree", "auto"))
+    return Options(dtype=dtype, device=args.device, slots=slots, max_length=args.max_length, tree=tree,
+                   backend=args.backend, taps=taps)  # fmt: skip
+
+
+def open_decoder(args: argparse.Namespace, *, draft: str, taps: tuple[int, ...] | None = None) -> SpecDecoder:
+    """Load what the flags name, with a status line on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"loading {args.target}"):
+        decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args, taps=taps))
+    info = decoder.engine.target.info
+    console.print(
+        f"[dim]{info.name}: {info.layers} layers, {str(info.dtype).removeprefix('torch.')} on {info.device}, "
+        f"drafter {decoder.engine.drafter.name}[/dim]",
+        highlight=False,
+    )
+    return decoder
+
+
+def stream_answer(decoder: SpecDecoder, prompt: Any, sampling: Sampling, show: str | None, *, chat: bool = True,
+                  speculate: bool = True) -> Answer:  # fmt: skip
+    """One answer; `show` streams "text" or "tree" (accepted drafts green) to stdout.
+
+    Ctrl-C ends the answer: what came so far is kept and the finish reason is "cancelled".
+    """
+    request = decoder.request(prompt, sampling, chat=chat, speculate=speculate)
+    painter = TreePainter(decoder)
+    error = None
+    pieces = decoder.run(request)
+    try:
+        for piece in pieces:
+            error = piece.error or error
+            if show:
+                sys.stdout.write(painter.paint(piece) if show == "tree" else piece.text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+    if show:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return answer_of(request, error)
+
+
+class TreePainter:
+    """Colours a stream: accepted draft tokens green, the target's own tokens plain."""
+
+    def __init__(self, decoder: SpecDecoder) -> None:
+        self.decoder = decoder
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def paint(self, piece: Piece) -> str:
+        """Text of the piece's tokens, each in its colour. Broken characters wait for their rest."""
+        out = []
+        for token, drafted in zip(piece.tokens, piece.drafted, strict=True):
+            self.ids.append(token)
+            text = self.decoder.decode(self.ids)
+            if text.endswith("\ufffd"):
+                continue
+            new, self.shown = text[self.shown :], len(text)
+            out.append(f"{GREEN}{new}{PLAIN}" if drafted and new else new)
+        return "".join(out)

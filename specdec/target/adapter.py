@@ -1,0 +1,261 @@
+"""HFTarget: any transformers causal LM as a target, through its attention interface and a cache of our own.
+
+Slower per layer than the lean decoder, but general, and the oracle that tests it. Nothing about a family is taken on
+trust: sizes are probed, logits are compared with the model's own at load, trees by the self-test.
+Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specdec.attention.protocol import Rows, chunk_rows
+from specdec.attention.reference import ReferenceAttention
+from specdec.cache import CacheShape, KVCache
+from specdec.errors import CheckpointError, SpecdecError, UnsupportedError
+from specdec.target import anatomy, bridge
+from specdec.target.fingerprint import fingerprint
+from specdec.target.protocol import States, TargetInfo
+from specdec.target.selftest import TOLERANCE
+from specdec.target.weights import check_finite
+
+CHECKED_ROWS = 10  # tokens of the forward that is compared with the model's own
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The modules of a transformers model that the adapter touches."""
+
+    base: nn.Module
+    layers: nn.ModuleList
+    embedding: Tensor
+    head: nn.Module
+
+
+class HFTarget:
+    """A transformers model behind the `Target` protocol.
+
+    Args:
+        model: in evaluation mode, with our attention set; see `adapt`, which makes one safely.
+        info: its facts.
+        readout: what the family does to its logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, info: TargetInfo, readout: anatomy.Readout) -> None:
+        self.model, self.info, self.readout = model, info, readout
+        self.attention = ReferenceAttention()
+        self._parts = parts_of(model)
+        self._cache = bridge.spec_cache(info.layers)  # stateless: rows live in the engine's cache
+
+    def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
+        """See `Target.forward`."""
+        tapped: dict[int, Tensor] = {}
+        with bridge.flying(bridge.Pass(rows, cache, self.attention)), _tapping(self._parts.layers, taps, tapped):
+            final = self._parts.base(
+                input_ids=tokens, position_ids=rows.positions, past_key_values=self._cache, use_cache=True
+            ).last_hidden_state
+        features = torch.cat([tapped[k].to(final.device) for k in taps], dim=-1) if taps else final[..., :0]
+        return States(final, features)
+
+    def logits(self, final: Tensor) -> Tensor:
+        """[..., H] -> [..., V], soft caps and scales of the family applied."""
+        return self.readout(self._parts.head(final))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings [..., H], before any scaling."""
+        weight = self._parts.embedding
+        return F.embedding(tokens.to(weight.device), weight).to(self.info.device)
+
+    def output_embedding(self) -> Tensor:
+        """The LM head's matrix, a float32 copy [V, H]."""
+        weight = self._parts.head.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().to(torch.float32, copy=True)
+
+    def final_norm(self) -> tuple[Tensor, float]:
+        """Weight [H] and eps of the norm before the LM head."""
+        return anatomy.final_norm(self.model)
+
+
+def parts_of(model: PreTrainedModel) -> Parts:
+    """Raises UnsupportedError for a model without a list of layers or an LM head."""
+    _, layers = anatomy.decoder_layers(model)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedError("has no LM head", field=anatomy.architecture(model))
+    return Parts(model.base_model, layers, model.get_input_embeddings().weight, head)
+
+
+@contextlib.contextmanager
+def _tapping(layers: nn.ModuleList, taps: tuple[int, ...], into: dict[int, Tensor]) -> Iterator[None]:
+    """Record the residual stream entering each tapped layer; tap `len(layers)` is what leaves the last one."""
+
+    def entering(tap: int) -> Any:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            into[tap] = args[0] if args else kwargs["hidden_states"]
+
+        return record
+
+    def leaving(_: nn.Module, __: Any, output: Any) -> None:
+        into[len(layers)] = output if isinstance(output, Tensor) else output[0]
+
+    hooks = [layers[k].register_forward_pre_hook(entering(k), with_kwargs=True) for k in taps if k < len(layers)]
+    if len(layers) in taps:
+        hooks.append(layers[-1].register_forward_hook(leaving))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_adapter(name: str, directory: Path, stop_ids: tuple[int, ...], dtype: torch.dtype,
+                 placement: Mapping[str, Any] | str) -> HFTarget:  # fmt: skip
+    """Load a directory with transformers and adapt it.
+
+    Args:
+        name: for `TargetInfo`.
+        directory: config and weights.
+        stop_ids: its end-of-sequence tokens.
+        dtype: of the weights.
+        placement: {"": device}, or a device map of accelerate.
+
+    Raises:
+        CheckpointError: for missing, unexpected, mis-shaped or NaN tensors.
+        UnsupportedError: see `adapt`.
+    """
+    whole = placement[""] if isinstance(placement, Mapping) and set(placement) == {""} else None
+    model, report = _from_pretrained(directory, dtype, None if whole is not None else placement)
+    _check_report(report)
+    for tensor_name, tensor in model.named_parameters():
+        if not tensor.is_meta:  # offloaded by accelerate
+            check_finite(tensor_name, tensor)
+    if whole is not None:
+        model = model.to(whole)
+    return adapt(model, name, stop_ids)
+
+
+def _from_pretrained(directory: Path, dtype: torch.dtype, device_map: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise CheckpointError(f"transformers cannot load the weights: {error}", field="weights",
+                              value=str(directory)) from error  # fmt: skip
+    except (ValueError, KeyError) as error:
+        raise UnsupportedError(f"transformers cannot build this model: {error}", field="model",
+                               value=str(directory)) from error  # fmt: skip
+    return model, report
+
+
+def _check_report(report: Mapping[str, Any]) -> None:
+    for key, wrong in (("missing_keys", "lacks"), ("unexpected_keys", "holds unexpected"),
+                       ("mismatched_keys", "holds mis-shaped")):  # fmt: skip
+        names = sorted(map(str, report.get(key) or ()))
+        if names:
+            raise CheckpointError(f"the checkpoint {wrong} tensors", field="weights", value=", ".join(names[:4]),
+                                  remedy="Is the download complete, and config.json of this model?")  # fmt: skip
+
+
+@torch.inference_mode()
+def adapt(model: PreTrainedModel, name: str, stop_ids: tuple[int, ...] = ()) -> HFTarget:
+    """Make a target of a transformers model; it keeps our attention from then on.
+
+    Raises:
+        UnsupportedError: naming the architecture and what it lacks, or how far its logits are off.
+    """
+    anatomy.refuse_known(model)
+    model.eval().requires_grad_(False)
+    vocab = int(anatomy.text_config(model).vocab_size)
+    tokens = torch.randint(vocab, (1, CHECKED_ROWS), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    own = model(input_ids=tokens, use_cache=False).logits.float()
+    bridge.register()
+    model.set_attn_implementation(bridge.NAME)
+    info = _info(model, _probe(model, tokens), name, stop_ids)
+    return _matching(model, info, tokens, own)
+
+
+def _probe(model: PreTrainedModel, tokens: Tensor) -> bridge.Probe:
+    """Run once to see what each layer stores and asks for."""
+    base, layers = model.base_model, len(parts_of(model).layers)
+    architecture = anatomy.architecture(model)
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise UnsupportedError("cannot verify trees: its forward takes no position_ids", field=architecture)
+    probe = bridge.Probe()
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    try:
+        with bridge.flying(probe):
+            base(input_ids=tokens, position_ids=positions, past_key_values=bridge.spec_cache(layers), use_cache=True)
+    except SpecdecError as error:
+        raise UnsupportedError(f"cannot verify trees: {error}", field=architecture) from error
+    except Exception as error:  # whatever a foreign model trips over is a reason to refuse it, by name
+        raise UnsupportedError(f"cannot verify trees: its layers do not fit our cache ({error})",
+                               field=architecture) from error  # fmt: skip
+    _check_probe(probe, model, layers)
+    return probe
+
+
+def _check_probe(probe: bridge.Probe, model: PreTrainedModel, layers: int) -> None:
+    architecture = anatomy.architecture(model)
+    if not probe.heads or len(probe.calls) != layers:
+        raise UnsupportedError(
+            "cannot verify trees: only some layers go through the attention interface and cache of transformers",
+            field=architecture, value=f"{len(probe.calls)} of {layers} layers",
+        )  # fmt: skip
+    slides = anatomy.layer_windows(anatomy.text_config(model), layers)
+    if slides is not None and slides != [call.window is not None for call in probe.calls]:
+        raise UnsupportedError("cannot verify trees: its layers do not pass their sliding window to attention",
+                               field=architecture)  # fmt: skip
+
+
+def _info(model: PreTrainedModel, probe: bridge.Probe, name: str, stop_ids: tuple[int, ...]) -> TargetInfo:
+    config, parts = anatomy.text_config(model), parts_of(model)
+    weight = parts.head.weight
+    assert isinstance(weight, Tensor)
+    layers, device = len(parts.layers), weight.device
+    return TargetInfo(
+        name=name,
+        architecture=anatomy.architecture(model),
+        vocab=weight.shape[0],
+        hidden=weight.shape[1],
+        layers=layers,
+        max_length=int(getattr(config, "max_position_embeddings", 2048)),
+        stop_ids=stop_ids,
+        dtype=model.dtype,
+        device=device,
+        fingerprint=fingerprint(weight, layers),
+        cache=CacheShape(layers, max(probe.heads.values()), max(probe.widths.values()), model.dtype, device),
+    )
+
+
+def _matching(model: PreTrainedModel, info: TargetInfo, tokens: Tensor, own: Tensor) -> HFTarget:
+    """The target whose logits are the model's own, trying what its config may ask to be done to them."""
+    slot = torch.zeros(1, dtype=torch.int64, device=info.device)
+    cache = KVCache(info.cache, 1, tokens.shape[1])
+    differences = {}
+    for label, readout in anatomy.readouts(anatomy.text_config(model)).items():
+        target = HFTarget(model, info, readout)
+        final = target.forward(tokens, chunk_rows(slot, slot, tokens.shape[1]), cache, ()).final
+        difference = (target.logits(final).float() - own.to(final.device)).abs().max() / own.abs().max().clamp(min=1e-6)
+        differences[label] = float(difference)
+    best = min(differences, key=differences.__getitem__)
+    if not differences[best] <= TOLERANCE.get(info.dtype, TOLERANCE[torch.float32]):
+        raise UnsupportedError(
+            "cannot verify trees: through our attention its logits differ from its own",
+            field=info.architecture, value=f"relative difference {differences[best]:.2g} ({best})",
+        )  # fmt: skip
+    return HFTarget(model, info, anatomy.readouts(anatomy.text_config(model))[best])

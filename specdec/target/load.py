@@ -1,0 +1,175 @@
+"""The door to targets: a name goes in, a tested target with its tokenizer comes out.
+
+Chooses between the lean decoder and the transformers adapter, and the dtype. Where files come from is loading.py's
+business. Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from specdec.attention.protocol import Rows
+from specdec.attention.reference import ReferenceAttention
+from specdec.cache import KVCache
+from specdec.errors import CheckpointError, UnsupportedError
+from specdec.target.adapter import load_adapter
+from specdec.target.fingerprint import fingerprint
+from specdec.target.lean import LeanConfig, LeanDecoder
+from specdec.target.loading import (
+    TargetFiles,
+    load_config,
+    load_state,
+    load_tokenizer,
+    resolve,
+    stop_token_ids,
+)
+from specdec.target.precision import fastest_dtype
+from specdec.target.protocol import States, Target, TargetInfo
+from specdec.target.selftest import self_test
+from specdec.target.weights import EMBEDDING, HEAD, assemble, check_names
+
+Prefer = Literal["auto", "lean", "adapter"]
+DeviceMap = str | Mapping[str, Any]
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+class LeanTarget:
+    """Our own decoder behind the `Target` protocol. Weights only: caches are arguments."""
+
+    def __init__(self, decoder: LeanDecoder, info: TargetInfo) -> None:
+        self.decoder, self.info = decoder, info
+
+    def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
+        """See `Target.forward`."""
+        return self.decoder(tokens, rows, cache, taps)  # type: ignore[no-any-return]  # nn.Module calls return Any
+
+    def logits(self, final: Tensor) -> Tensor:
+        """[..., H] -> [..., V], in the target's dtype."""
+        return self.decoder.head(final)  # type: ignore[no-any-return]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings [..., H]."""
+        return F.embedding(tokens, self.decoder.embedding)
+
+    def output_embedding(self) -> Tensor:
+        """The LM head's matrix, a float32 copy [V, H]; unpacked on the fly, so that it is not held twice."""
+        head = self.decoder.head
+        matrix = head.weight if head.packed is None else head.packed.to_dense()
+        return matrix.detach().to(torch.float32, copy=True)
+
+    def final_norm(self) -> tuple[Tensor, float]:
+        """Weight [H] and eps of the norm before the LM head."""
+        return self.decoder.norm.weight, self.decoder.norm.eps
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTarget:
+    """A target that passed its self-test, and what came with it."""
+
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    files: TargetFiles
+
+
+def load_target(name: str, *, dtype: torch.dtype | Literal["auto"] | None = None, device: str | torch.device = "cpu",
+                prefer: Prefer = "auto", device_map: DeviceMap | None = None) -> LoadedTarget:  # fmt: skip
+    """Find, load, check and test a target.
+
+    Args:
+        name: what `resolve` takes: the embedded default's name, a directory, a GGUF file, a Hub id.
+        dtype: of the weights; "auto" takes the config's; None takes the config's on a GPU and what a short
+            measurement finds fastest on a CPU (float32 or bfloat16).
+        device: where it runs, such as "cpu" or "cuda:0".
+        prefer: "lean" or "adapter" to insist on one; "auto" takes the lean decoder where it fits.
+        device_map: accelerate's placement over several devices; the adapter then does the work.
+
+    Raises:
+        SpecdecError: not to be found; CheckpointError for missing, unexpected, mis-shaped or NaN tensors;
+            UnsupportedError naming the architecture and what it lacks.
+    """
+    files = resolve(name)
+    config = load_config(files.directory)
+    kind = _dtype(dtype, config, torch.device(device))
+    target = _lean_or_none(files, config, kind, torch.device(device), prefer) if device_map is None else None
+    if target is None:
+        if prefer == "lean":
+            raise UnsupportedError("cannot be spread over devices", field="device_map", value=device_map,
+                                   remedy="Leave prefer at auto.")  # fmt: skip
+        stops = tuple(stop_token_ids(files.directory))
+        target = load_adapter(files.name, files.directory, stops, kind, device_map or {"": device})
+        self_test(target)
+    return LoadedTarget(target, load_tokenizer(files.directory), files)
+
+
+def _lean_or_none(files: TargetFiles, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
+                  prefer: Prefer) -> LeanTarget | None:  # fmt: skip
+    """The lean target where it fits and passes its self-test; None leaves the matter to the adapter."""
+    if prefer == "adapter":
+        return None
+    try:
+        target = _load_lean(files, config, dtype, device)
+        self_test(target)
+    except UnsupportedError:
+        if prefer == "lean":
+            raise
+        return None
+    return target
+
+
+def _load_lean(files: TargetFiles, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> LeanTarget:
+    if config.get("quantization_config"):
+        raise UnsupportedError("the lean decoder runs plain weights", field="quantization_config",
+                               value=config["quantization_config"])  # fmt: skip
+    sizes = LeanConfig.read(config)
+    state = dict(load_state(files.directory))
+    check_names(state, sizes)
+    mark = fingerprint(state[EMBEDDING if sizes.tied else HEAD], sizes.layers)
+    decoder = assemble(sizes, state, ReferenceAttention(), dtype, device)
+    info = TargetInfo(
+        name=files.name,
+        architecture=_architecture(config),
+        vocab=sizes.vocab,
+        hidden=sizes.hidden,
+        layers=sizes.layers,
+        max_length=sizes.max_length,
+        stop_ids=tuple(stop_token_ids(files.directory)),
+        dtype=dtype,
+        device=decoder.embedding.device,
+        fingerprint=mark,
+        cache=decoder.cache_shape(),
+    )
+    return LeanTarget(decoder, info)
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or [config.get("model_type", "unknown")]
+    return str(named[0])
+
+
+def _dtype(asked: torch.dtype | Literal["auto"] | None, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked is None and device.type == "cpu":
+        return fastest_dtype(_block_shapes(config))
+    text = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if text not in DTYPES:
+        raise CheckpointError("unknown dtype", field="config.json: dtype", value=text, allowed=", ".join(DTYPES))
+    return DTYPES[text]
+
+
+def _block_shapes(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Projections of one block; for families the lean decoder does not know, those of a Llama of the same width."""
+    try:
+        c = LeanConfig.read(config)
+    except UnsupportedError:
+        hidden = int(config.get("hidden_size") or config.get("n_embd") or 1024)
+        return ((3 * hidden, hidden), (hidden, hidden), (8 * hidden, hidden), (hidden, 4 * hidden))
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return ((q + 2 * kv, c.hidden), (c.hidden, q), (2 * c.intermediate, c.hidden), (c.hidden, c.intermediate))

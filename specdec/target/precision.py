@@ -1,0 +1,61 @@
+"""Which dtype decodes fastest on this CPU for these matrices: measured in milliseconds, never believed.
+
+bfloat16 halves the bytes a product reads, but not every CPU multiplies it well, and some shapes fall off a cliff.
+Knows matrix shapes, not models.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from specdec.layers.linear import Projection
+
+Shape = tuple[int, int]
+"""(outputs, inputs) of one projection."""
+
+ROWS = (1, 16)  # plain decoding and a small tree
+COLD_BYTES = 64 * 2**20  # read this much per pass (in float32), so that caches do not hide the memory bus
+COPIES = 6  # of one block, at most
+PASSES = 3
+MARGIN = 0.97  # bfloat16 must win by more than noise
+
+
+@functools.cache
+def fastest_dtype(shapes: tuple[Shape, ...]) -> torch.dtype:
+    """bfloat16 when it beats float32 at one row and at 16 rows alike, else float32.
+
+    Args:
+        shapes: the projections of one block.
+    """
+    wide, narrow = seconds(shapes, torch.float32), seconds(shapes, torch.bfloat16)
+    wins = all(n < w * MARGIN for n, w in zip(narrow, wide, strict=True))
+    return torch.bfloat16 if wins else torch.float32
+
+
+@torch.inference_mode()
+def seconds(shapes: tuple[Shape, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    """Best time of one pass over a few copies of the block, for each of `ROWS`."""
+    block = sum(outputs * inputs for outputs, inputs in shapes) * 4
+    copies = min(max(-(-COLD_BYTES // block), 1), COPIES)
+    layers = [_projection(shape, dtype) for _ in range(copies) for shape in shapes]
+    return tuple(min(_timed(layers, rows, dtype) for _ in range(PASSES)) for rows in ROWS)
+
+
+def _projection(shape: Shape, dtype: torch.dtype) -> Projection:
+    outputs, inputs = shape
+    with torch.device("meta"):
+        projection = Projection(inputs, outputs)
+    projection.weight = torch.nn.Parameter(torch.ones(outputs, inputs, dtype=dtype), requires_grad=False)
+    projection.pack()
+    return projection
+
+
+def _timed(layers: list[Projection], rows: int, dtype: torch.dtype) -> float:
+    inputs = [torch.ones(rows, layer.inputs, dtype=dtype) for layer in layers]
+    start = time.perf_counter()
+    for layer, x in zip(layers, inputs, strict=True):
+        layer(x)
+    return time.perf_counter() - start
