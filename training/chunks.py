@@ -182,7 +182,7 @@ def collate(samples: Sequence[Sample], indices: Sequence[int], rule: BatchRule) 
 def batches(
     samples: Sequence[Sample], rule: BatchRule, epochs: int, start: Position | None = None
 ) -> Iterator[tuple[Position, Batch]]:
-    """Batches from `start` (None: the beginning) to the end of the last epoch, each with the position after it.
+    """Batches from `start` (None: the beginning) to the last epoch's end, each with the position after it.
 
     Resuming at a yielded position gives exactly what would have followed.
     """
