@@ -1,0 +1,94 @@
+"""`specdec inspect`: what a target or a head is, whether they match, and which engines can load the head."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from specdec.cli.options import add_model, taps_of
+
+EXAMPLES = """\
+examples:
+  specdec inspect                              the default target and its shipped head
+  specdec inspect --draft ./my-head            a head against the default target
+  specdec inspect ./model.gguf --draft none    a target alone"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from specdec.cli.session import options_of
+    from specdec.generate import SpecDecoder
+
+    taps = taps_of(args.taps)
+    decoder = SpecDecoder.from_pretrained(args.target, "none", options_of(args))
+    report: dict[str, Any] = {"target": _target(decoder)}
+    head = _head_path(decoder.engine.target.info.name, args.draft)
+    matches = True
+    if head is not None:
+        report["head"], matches = _head(decoder, head, taps)
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        _show(report)
+    return 0 if matches else 1
+
+
+def _head_path(target: str, draft: str) -> Path | None:
+    from specdec.head.pretrained import shipped_head
+
+    if draft in ("none", "ngram"):
+        return None
+    return shipped_head(target) if draft == "auto" else Path(draft)
+
+
+def _target(decoder: Any) -> dict[str, Any]:
+    info, engine = decoder.engine.target.info, decoder.engine
+    return {
+        "name": info.name, "architecture": info.architecture, "backend": type(engine.target).__name__,
+        "layers": info.layers, "hidden": info.hidden, "vocab": info.vocab, "max_length": info.max_length,
+        "dtype": str(info.dtype).removeprefix("torch."), "device": str(info.device), "stop_ids": list(info.stop_ids),
+        "kv_bytes_per_token": info.cache.row_bytes(), "fingerprint": info.fingerprint,
+        "directory": str(decoder.loaded.files.directory),
+    }  # fmt: skip
+
+
+def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[str, Any], bool]:
+    """Facts of the head, whether it matches, who can load it."""
+    from dataclasses import asdict
+
+    from specdec.errors import MismatchError
+    from specdec.head.checkpoint import load_head
+    from specdec.head.match import check_match
+    from specdec.head.portability import check
+
+    info = decoder.engine.target.info
+    head = load_head(path, taps=taps, target_layers=info.layers)
+    facts = {"path": str(path), **asdict(head.config), "parameters": sum(p.numel() for p in head.parameters())}
+    try:
+        check_match(head.config, vocab=info.vocab, hidden=info.hidden, layers=info.layers,
+                    fingerprint=info.fingerprint, name=info.name)  # fmt: skip
+        facts["match"] = "yes"
+    except MismatchError as error:
+        facts["match"] = f"no: {error}"
+    facts["engines"] = {one.engine: "yes" if one.ok else "; ".join(one.reasons) for one in check(path)}
+    return facts, facts["match"] == "yes"
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, facts in report.items():
+        table = Table("", "", title=title, show_header=False)
+        for key, value in facts.items():
+            lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
+            table.add_row(key, "\n".join(lines))
+        Console().print(table)

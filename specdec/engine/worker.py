@@ -1,0 +1,99 @@
+"""A thread that runs an engine: requests go in from any thread, pieces come out through callbacks.
+
+The event loop of a server never waits for a round; it hands over a request and is called back. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from specdec.engine.engine import Engine, check_request
+from specdec.engine.request import Piece, Request
+
+Deliver = Callable[[Piece], None]
+
+
+class EngineWorker:
+    """Owns an engine; only its thread touches it.
+
+    Args:
+        engine: must not be used by anyone else while the worker lives.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inbox: deque[tuple[Request, Deliver]] = deque()
+        self._cancels: deque[str] = deque()
+        self._deliver: dict[str, Deliver] = {}
+        self._wake = threading.Event()
+        self._closing = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin running rounds."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(running, waiting) requests."""
+        return len(self.engine.active), len(self.engine.waiting) + len(self._inbox)
+
+    def submit(self, request: Request, deliver: Deliver) -> None:
+        """Queue a request; `deliver` is called from the engine's thread with each of its pieces.
+
+        Raises:
+            RequestError: when it can never be served (checked here, in the caller's thread).
+        """
+        check_request(request, self.engine.limits.length, self.engine.target.info.vocab)
+        self._inbox.append((request, deliver))
+        self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next round; its last piece says "cancelled"."""
+        self._cancels.append(request_id)
+        self._wake.set()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what is queued and running, then stop; True when the thread ended in time."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # the engine is gone: tell everyone who waits
+            self.failure = error
+            for request_id, deliver in [*self._deliver.items()]:
+                deliver(Piece(request_id, (), (), "", "error", f"the engine failed: {error}"))
+            raise
+
+    def _turn(self) -> bool:
+        """Take what arrived, run one step; False when closed and idle."""
+        self._wake.clear()
+        while self._inbox:
+            request, deliver = self._inbox.popleft()
+            self._deliver[request.id] = deliver
+            self.engine.add(request)
+        while self._cancels:
+            self.engine.cancel(self._cancels.popleft())
+        if not self.engine.busy:
+            if self._closing and not self._inbox:
+                return False
+            self._wake.wait(timeout=1.0)
+            return True
+        for piece in self.engine.step():
+            deliver = self._deliver[piece.request]
+            if piece.finish:
+                del self._deliver[piece.request]
+            deliver(piece)
+        return True
