@@ -87,6 +87,9 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "1"}, {"role": "user", "content": "2"},
                       {"role": "assistant", "content": "3"}]},
         {"messages": [{"role": "system", "content": "1"}]},
+        {"messages": [{"role": "user", "content": "1"}, {"role": "system", "content": "2"}]},
+        {"messages": [{"role": "user", "content": "1"}, {"role": "tool", "content": "2"}]},
+        {"messages": [{"role": "assistant", "content": "1"}]},
         {"conversations": ["Hi"]},
         ["Hi"],
     ]  # fmt: skip
@@ -98,11 +101,11 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     assert dict(skipped.reasons) == {
         "duplicate id": 1, "licence not allowed: mixed": 1, "licence not allowed: none given": 1,
         "turns are not a list": 1, "none of messages, conversations, turns, prompt, text": 1, "empty turn": 1,
-        "unknown role": 1, "content is not text": 1, "roles do not alternate": 1, "no user turn": 1,
-        "a turn is not an object": 1, "not an object": 1, "not JSON": 2,
+        "unknown role": 1, "content is not text": 1, "roles do not alternate": 1, "no user turn": 2,
+        "system turn in the middle": 1, "ends with a tool result": 1, "a turn is not an object": 1, "not an object": 1, "not JSON": 2,
     }  # fmt: skip
-    assert skipped.read == 15 and skipped.total == 14
-    assert str(skipped).startswith("15 read, 14 skipped (not JSON: 2; ")
+    assert skipped.read == 18 and skipped.total == 17
+    assert str(skipped).startswith("18 read, 17 skipped (")
 
 
 def test_gzip_and_parquet_read_alike(tmp_path: Path) -> None:
