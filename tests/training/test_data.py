@@ -102,7 +102,8 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         "duplicate id": 1, "licence not allowed: mixed": 1, "licence not allowed: none given": 1,
         "turns are not a list": 1, "none of messages, conversations, turns, prompt, text": 1, "empty turn": 1,
         "unknown role": 1, "content is not text": 1, "roles do not alternate": 1, "no user turn": 2,
-        "system turn in the middle": 1, "ends with a tool result": 1, "a turn is not an object": 1, "not an object": 1, "not JSON": 2,
+        "system turn in the middle": 1, "ends with a tool result": 1,
+        "a turn is not an object": 1, "not an object": 1, "not JSON": 2,
     }  # fmt: skip
     assert skipped.read == 18 and skipped.total == 17
     assert str(skipped).startswith("18 read, 17 skipped (")
