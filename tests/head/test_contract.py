@@ -117,14 +117,14 @@ def check_numbers(layer: dict[str, Any]) -> None:
 
 def check_weights(head: DraftHead, filled: dict[str, Tensor]) -> None:
     pairs = {
-        "layers.0.self_attn.qkv_proj.weight": head.qkv,
-        "layers.0.mlp.gate_up_proj.weight": head.gate_up,
-        "lm_head.weight": head.lm_head,
-        "layers.0.hidden_norm.weight": head.hidden_norm,
-        "layers.0.input_layernorm.weight": head.input_norm,
+        "layers.0.self_attn.qkv_proj.weight": head.qkv.weight,
+        "layers.0.mlp.gate_up_proj.weight": head.gate_up.weight,
+        "lm_head.weight": head.lm_head.weight,
+        "layers.0.hidden_norm.weight": head.hidden_norm.weight,
+        "layers.0.input_layernorm.weight": head.input_norm.weight,
     }
-    for name, module in pairs.items():
-        assert torch.equal(filled[name], module.weight), name
+    for name, weight in pairs.items():
+        assert torch.equal(filled[name], weight), name
 
 
 def test_raw(head: DraftHead, tmp_path: Path) -> None:
