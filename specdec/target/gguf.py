@@ -1,0 +1,168 @@
+"""From a GGUF file to a directory as everyone writes it: config, float32 safetensors, tokenizer, chat template.
+
+transformers does the dequantising; this mends what its reader gets wrong. Knows nothing of caches or names. Float32,
+because a dequantised 4-bit value is in general no bfloat16 number: the dtype is chosen at every load.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from rich.console import Console
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.errors import CheckpointError, UnsupportedError
+from specdec.target.weights import check_finite
+
+RECIPE = 1  # raise when what `convert` writes changes: cached conversions are then made again
+SAMPLED_ROWS = 1024
+TWINS = (
+    0.98  # mean cosine between two quantised copies of one embedding; of two different matrices it is near 0
+)
+# tokenizer.json entries that transformers' GGUF reader forgets, by the file's `tokenizer.ggml.pre`
+DIGITS: dict[str, Any] = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+MENDED: dict[str, dict[str, Any]] = {
+    "smollm": {"pre_tokenizer": DIGITS},
+    "qwen2": {"normalizer": {"type": "NFC"}},
+}
+CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen ends a turn with the first and a text with the second
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What conversion needs to know beforehand.
+
+    Args:
+        architecture: llama.cpp's name, such as "llama" or "qwen2".
+        pre: llama.cpp's name of the pre-tokenizer; "" if absent.
+        end_of_turn: a stop id beside the end of sequence, if the file names one.
+    """
+
+    architecture: str
+    pre: str
+    end_of_turn: int | None
+
+
+def read_header(source: Path) -> Header:
+    """The header of a GGUF file; its tensors are checked to lie within the file.
+
+    Raises:
+        CheckpointError: not a GGUF file, or truncated.
+    """
+    try:
+        fields = GGUFReader(source).fields
+        said = {
+            name: fields[name].contents()
+            for name in ("general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id")
+            if name in fields
+        }
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"is not a GGUF file, or truncated: {error}", field=str(source),
+                              remedy="Fetch it again.") from error  # fmt: skip
+    if "general.architecture" not in said:
+        raise CheckpointError("names no architecture", field=str(source))
+    eot = said.get("tokenizer.ggml.eot_token_id")
+    return Header(str(said["general.architecture"]), str(said.get("tokenizer.ggml.pre", "")),
+                  None if eot is None else int(eot))  # fmt: skip
+
+
+def convert(source: Path, directory: Path, name: str) -> None:
+    """Write the model in `source` into the empty `directory`, telling the user on stderr.
+
+    Raises:
+        CheckpointError: the file is no GGUF, truncated, or lacks tensors.
+        UnsupportedError: transformers does not read this architecture from GGUF.
+    """
+    console = Console(stderr=True)
+    message = f"Preparing {name} from {source.name}: once, about half a minute per 100 MB"
+    if not console.is_terminal:
+        console.print(message, style="dim", soft_wrap=True)
+    # transformers draws bars of its own on stderr, across ours
+    with console.status(message), redirect_stderr(io.StringIO()):
+        header = read_header(source)
+        model, tokenizer = _read(source)
+        _tie_twins(model)
+        _drop_quantization(model)
+        for tensor, weight in model.named_parameters():
+            check_finite(tensor, weight)
+        stops = _stop_ids(header, model, tokenizer)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    _merge(directory / "tokenizer.json", MENDED.get(header.pre, {}))
+    _merge(directory / "generation_config.json", {"eos_token_id": stops})
+
+
+def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; through a directory of its own, where no other file can be taken for the model's."""
+    with TemporaryDirectory() as lone:
+        (Path(lone) / "model.gguf").symlink_to(source.resolve())
+        given: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(lone, **given)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                lone, dtype=torch.float32, output_loading_info=True, **given
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise UnsupportedError(f"transformers cannot read it: {error}", field=str(source),
+                                   remedy="Convert it to safetensors with llama.cpp's tools.") from error  # fmt: skip
+        except (OSError, RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"cannot be read: {error}", field=str(source), remedy="Fetch it again."
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError("lacks tensors", field=str(source), value=", ".join(missing[:4]))
+    return model, tokenizer
+
+
+def _tie_twins(model: PreTrainedModel) -> None:
+    """Tie embeddings that the file stores twice, keeping the LM head's copy: it is quantised more finely."""
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if inputs is outputs or inputs.shape != outputs.shape:
+        return
+    rows = torch.linspace(0, len(inputs) - 1, min(SAMPLED_ROWS, len(inputs))).long()
+    if F.cosine_similarity(inputs[rows], outputs[rows], dim=1).mean() > TWINS:
+        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(outputs.data))
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+
+
+def _drop_quantization(model: PreTrainedModel) -> None:
+    """Forget that the weights were quantised; saving would say so in config.json."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for key in ("hf_quantizer", "is_quantized", "quantization_method"):
+        with suppress(AttributeError):
+            delattr(model, key)
+    model.config.dtype = torch.float32
+
+
+def _stop_ids(header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = model.config.eos_token_id
+    stops = list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    if header.architecture.startswith("qwen"):
+        vocab: Mapping[str, int] = tokenizer.get_vocab()
+        stops += [vocab[token] for token in CHATML_STOPS if token in vocab]
+    if header.end_of_turn is not None:
+        stops.append(header.end_of_turn)
+    return list(dict.fromkeys(stops))
+
+
+def _merge(path: Path, entries: Mapping[str, Any]) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | entries, ensure_ascii=False), encoding="utf-8")
