@@ -91,7 +91,12 @@ def vllm_counters(trial: Trial, python: Path, scratch: Path) -> Counters:
     job, result, log = (scratch / f"{trial.head.name}.{end}" for end in ("job.json", "result.json", "log"))
     job.write_text(json.dumps(_job(trial)), encoding="utf-8")
     script = Path(__file__).with_name("conformance_vllm.py")
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONSAFEPATH": "1",  # files beside the script must not shadow modules that vLLM imports
+    }
     with log.open("wb") as out:
         command = [str(python), str(script), str(job), str(result)]
         status = subprocess.run(command, stdout=out, stderr=out, env=environment, check=False).returncode

@@ -1,4 +1,4 @@
-"""Runs one head in vLLM as a chain and writes text and counters. Executed by vLLM's own environment, not ours.
+"""Runs one head in vLLM as a chain, writes text and counters; executed by the environment of vLLM.
 
 Reads a job file and imports nothing of specdec: the two sides share files only.
 """
@@ -44,7 +44,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "num_speculative_tokens": job["draft_tokens"],
         },
     )
-    settings = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
+    settings = SamplingParams(
+        temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
+    )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     outputs = engine.generate(prompts, settings, use_tqdm=False)
     found: dict[str, Any] = {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
