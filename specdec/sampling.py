@@ -1,17 +1,16 @@
-"""Sampling: a request's settings, the target's processed distribution, and the target's own token at every node.
+"""Sampling: a request's settings, the target's processed distribution, its own token at every node.
 
 Knows nothing of trees beyond their depths and ancestor words, and nothing of models.
 Dimension legend: B requests, N nodes, V vocabulary.
 
 Randomness: the token at output position t of a request is the inverse CDF of its distribution at one uniform
-number u_t that depends on the request's seed and t alone. All nodes of one depth would fill the same position and
-at most one of them is ever visited, so they share their u_t: draws stay independent along every path, and a seeded
-request gives the very same tokens with and without speculation, whatever the tree and whoever shares the batch.
+number u_t that depends on the request's seed and t alone. All nodes of one depth would fill the same position
+and at most one of them is ever visited, so they share their u_t: draws stay independent along every path, and
+a seeded request gives the very same tokens with and without speculation, whatever the tree and the batch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,8 @@ from torch import Tensor
 from specdec.errors import RequestError
 from specdec.tree import DraftTree
 
+MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
+COLDEST = 1e-5  # smaller temperatures act as this one: below it quotients of logits leave float32
 NUCLEUS_HEAD = 1024  # most nuclei fit in so many tokens; the full sort is only made where one does not
 
 
@@ -33,15 +34,15 @@ class Sampling:
         top_k: keep the k likeliest tokens, 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose mass reaches it.
         min_p: keep tokens at least this fraction of the likeliest one's probability.
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt and output.
-        presence_penalty, frequency_penalty: subtracted once, and once per occurrence, for tokens of the output.
+        repetition_penalty: divides positive, multiplies negative logits of tokens seen in prompt and output.
+        presence_penalty, frequency_penalty: subtracted once, and per occurrence, for tokens of the output.
         logit_bias: added to the logits of the given token ids.
         seed: of the request's own random numbers; None draws one.
         max_tokens: at most so many new tokens.
         stop: strings that end the answer; they are cut from the text.
         stop_token_ids: token ids that end the answer beside the target's own.
         ignore_eos: go on after the target's end-of-sequence tokens (not after `stop_token_ids`).
-        logprobs: report the log-probability of emitted tokens and this many alternatives; None reports nothing.
+        logprobs: report the log-probability of emitted tokens and this many alternatives; None: nothing.
 
     Raises:
         RequestError: naming the field that is out of range.
@@ -66,7 +67,7 @@ class Sampling:
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _whole("top_k", self.top_k, 0, None)
@@ -89,7 +90,7 @@ class Sampling:
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     allowed = f"a number {'>' if open_low else '>='} {low:g} and <= {high:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
         raise RequestError("is not a number", field=name, value=value, allowed=allowed)
     if value > high or value < low or (open_low and value == low):
         raise RequestError("is out of range", field=name, value=value, allowed=allowed)
@@ -106,16 +107,23 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
 def _check_stops(stop: object, ids: object) -> None:
     if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
         raise RequestError("wants strings", field="stop", value=stop, allowed="a tuple of non-empty strings")
-    if not isinstance(ids, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise RequestError("wants token ids", field="stop_token_ids", value=ids, allowed="a tuple of ids >= 0")
+    if not isinstance(ids, tuple) or not all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids
+    ):
+        raise RequestError(
+            "wants token ids", field="stop_token_ids", value=ids, allowed="a tuple of ids >= 0"
+        )
 
 
 def _check_bias(bias: object) -> None:
     good = isinstance(bias, Mapping) and all(
-        isinstance(k, int) and k >= 0 and isinstance(v, int | float) and math.isfinite(v) for k, v in bias.items()
-    )
+        isinstance(k, int) and not isinstance(k, bool) and k >= 0
+        and isinstance(v, int | float) and not isinstance(v, bool) and -MAX_BIAS <= v <= MAX_BIAS
+        for k, v in bias.items()
+    )  # fmt: skip
     if not good:
-        raise RequestError("wants finite numbers by token id", field="logit_bias", value=bias)
+        raise RequestError("wants finite numbers by token id", field="logit_bias", value=bias,
+                           allowed=f"ids >= 0 with numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +149,14 @@ class BatchSampling:
 
     @staticmethod
     def of(settings: Sequence[Sampling], vocab: int, device: torch.device) -> BatchSampling:
-        """Gather the settings of a batch. Raises RequestError for a biased token id outside the vocabulary."""
+        """Gather the settings of a batch. Raises RequestError for a bias outside the vocabulary."""
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
         penalties = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in settings]
         return BatchSampling(
-            temperature=column([s.temperature for s in settings]),
+            temperature=column([max(s.temperature, COLDEST) if s.temperature else 0.0 for s in settings]),
             top_k=torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device),
             top_p=column([s.top_p for s in settings]),
             min_p=column([s.min_p for s in settings]),
@@ -174,7 +182,7 @@ def _bias(settings: Sequence[Sampling], vocab: int, device: torch.device) -> Ten
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Occurrences that penalties count: int32 [B, V] in the prompt and in the output before this round's root.
+    """Occurrences that penalties count: int32 [B, V] in the prompt and in the output before the root.
 
     The root is the newest emitted token and counts as output through the tree: every node adds its own path.
     """
@@ -243,7 +251,7 @@ def _truncate(logits: Tensor, batch: BatchSampling) -> Tensor:
 def _nucleus_edge(logits: Tensor, top_p: Tensor) -> Tensor:
     """The smallest logit inside each nucleus. [B, N, 1]
 
-    A token stays while the mass before it is below top_p, so the likeliest always stays. Ties at the edge stay too.
+    A token stays while the mass before it is below top_p, so the likeliest always stays. Ties stay too.
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
     head = min(NUCLEUS_HEAD, logits.shape[-1])
