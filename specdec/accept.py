@@ -2,8 +2,8 @@
 
 Two rules, one result. `walk` serves deterministic trees: the target draws its own token at every node and we
 follow those draws while the tree contains them, which is exactly the target's law whatever the tree
-(methods.md 1.4). `verify_block` serves chains whose tokens were *sampled* from the draft distribution and needs
-the true q (block verification, arXiv 2403.10444). Neither knows models or caches.
+(methods.md 1.4). `verify_block` serves chains whose tokens were *sampled* from the draft distribution and
+needs the true q (block verification, arXiv 2403.10444). Neither knows models or caches.
 Dimension legend: B requests, N nodes, D longest path in edges, V vocabulary.
 """
 
@@ -22,7 +22,7 @@ class Verdict:
     """What one round decided.
 
     Attributes:
-        kept: int64 [B, D + 1] indices of accepted nodes, root first; columns from `counts` on repeat the last.
+        kept: int64 [B, D + 1] indices of accepted nodes, root first; columns from `counts` repeat the last.
         counts: int64 [B], accepted nodes, root included = tokens emitted, between 1 and D + 1.
         tokens: int64 [B, D + 1] emitted tokens: the accepted drafts, then the bonus token; padded with -1.
         offered: int64 [B], depth of the deepest node that was on offer.
@@ -72,14 +72,15 @@ def verify_block(tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, unif
     Args:
         tokens: int64 [B, G] sampled drafts, drawn from `draft_probs`.
         draft_probs: float [B, G, V], the true q each draft was drawn from.
-        target_probs: float [B, G + 1, V], the target's processed distribution after root, draft 1, ..., draft G.
+        target_probs: float [B, G + 1, V], the target's processed distribution after the root and each draft.
         uniforms: float [B, G + 1] in [0, 1): G tests and one draw of the bonus token.
 
     Returns:
         A Verdict over the chain tree root -> draft 1 -> ... -> draft G.
 
-    The accepted length is the last i whose test u_i <= h_i passes; at length i < G the bonus is drawn from
-    max(w_i p_{i+1} - q_{i+1}, 0) normalised, at G from p_{G+1}. Losslessness: theorem 1 there.
+    The accepted length is the last i whose test u_i < h_i passes (strictly: u may be 0, and h = 0 must fail);
+    at length i < G the bonus is drawn from max(w_i p_{i+1} - q_{i+1}, 0) normalised, at G from p_{G+1}.
+    Losslessness: theorem 1 there.
     """
     b, g, _ = draft_probs.shape
     weight = torch.ones(b, dtype=draft_probs.dtype, device=tokens.device)
@@ -95,13 +96,15 @@ def verify_block(tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, unif
             tests.append(mass / (mass + 1 - weight).clamp(min=torch.finfo(q.dtype).tiny))
         else:
             tests.append(weight)
-    passed = uniforms[:, :g] <= torch.stack(tests, dim=1)
+    passed = uniforms[:, :g] < torch.stack(tests, dim=1)
     place = torch.arange(1, g + 1, device=tokens.device)
     accepted = torch.where(passed, place, 0).amax(dim=1)
     bonus = _draw(_residual(torch.stack(weights, 1), draft_probs, target_probs, accepted), uniforms[:, g])
     columns = torch.arange(g + 1, device=tokens.device)
     drafts = torch.cat([tokens, tokens[:, -1:]], dim=1)
-    emitted = torch.where(columns < accepted[:, None], drafts, torch.where(columns == accepted[:, None], bonus[:, None], -1))
+    emitted = torch.where(
+        columns < accepted[:, None], drafts, torch.where(columns == accepted[:, None], bonus[:, None], -1)
+    )
     kept = torch.minimum(columns.expand(b, g + 1), accepted[:, None])
     return Verdict(kept, accepted + 1, emitted, torch.full_like(accepted, g))
 
