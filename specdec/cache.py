@@ -1,7 +1,7 @@
 """KVCache: one tensor of keys and values with a slot per request; rows are written, kept, copied.
 
 Knows nothing of models or trees: rows arrive with the indices they belong to. Layout
-`[layers, 2, slots, kv_heads, length, head_dim]`, so that compaction is one gather and one scatter for the model.
+`[layers, 2, slots, kv_heads, length, head_dim]`, so that compaction is one gather and one scatter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from specdec.errors import UnsupportedError
-
 
 FEW = 2  # requests up to which rows are copied one request at a time
 
@@ -68,13 +67,16 @@ class KVCache:
         except RuntimeError as error:
             raise UnsupportedError(
                 "not enough memory for the KV cache", field="slots x length", value=f"{slots} x {length}",
-                remedy=f"It needs {slots * length * shape.row_bytes() / 2**30:.1f} GiB: lower max_length or slots.",
+                remedy=f"It needs {slots * length * shape.row_bytes() / 2**30:.1f} GiB: "
+                "lower max_length or slots.",
             ) from error  # fmt: skip
 
     def write(self, layer: int, rows: RowIndex, keys: Tensor, values: Tensor) -> None:
         """Store new rows. keys, values: [B, N, kv_heads, head_dim]."""
         plane = self.kv[layer]
-        if rows.spans is not None and len(rows.spans) <= FEW:  # slice copies beat index_put for a few requests
+        if (
+            rows.spans is not None and len(rows.spans) <= FEW
+        ):  # slice copies beat index_put for a few requests
             for row, (slot, start) in enumerate(rows.spans):
                 stop = start + keys.shape[1]
                 plane[0, slot, :, start:stop] = keys[row].transpose(0, 1)
@@ -88,20 +90,27 @@ class KVCache:
         """Compact: row `lengths + kept[:, j]` moves to `lengths + j` in every layer.
 
         Args:
-            slots: int64 [B]; lengths: int64 [B] committed rows; kept: int64 [B, D + 1] accepted nodes, root first.
+            slots: int64 [B].
+            lengths: int64 [B] committed rows.
+            kept: int64 [B, D + 1] accepted nodes, root first.
 
-        Rows beyond the accepted ones become garbage that the next round overwrites. All rows are gathered before
-        any is written, so overlaps are harmless.
+        Rows beyond the accepted ones become garbage that the next round overwrites. All rows are gathered
+        before any is written, so overlaps are harmless.
         """
-        place = torch.arange(kept.shape[1], device=kept.device)
         if kept.device.type == "cpu":
             self._keep_on_host(slots.tolist(), lengths.tolist(), kept.tolist())
-            return
+        else:
+            self._keep_on_device(slots, lengths, kept)
+
+    def _keep_on_device(self, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
+        """One gather and one scatter, without host synchronisation."""
+        place = torch.arange(kept.shape[1], device=kept.device)
         slot = slots[:, None].expand_as(kept)
         rows = self.kv.permute(2, 4, 0, 1, 3, 5)[slot, lengths[:, None] + kept]
         self.kv.permute(2, 4, 0, 1, 3, 5)[slot, lengths[:, None] + place] = rows
 
     def _keep_on_host(self, slots: list[int], lengths: list[int], kept: list[list[int]]) -> None:
+        """Only rows that move; a chain accepted in place costs nothing."""
         for slot, length, nodes in zip(slots, lengths, kept, strict=True):
             moved = [(to, at) for to, at in enumerate(nodes) if at != to and (to == 0 or at != nodes[to - 1])]
             if moved:
