@@ -47,7 +47,9 @@ class DraftTree:
         return self.tokens.shape[1]
 
 
-def build(tokens: Tensor, parents: Tensor, sizes: Tensor | None = None, scores: Tensor | None = None) -> DraftTree:
+def build(
+    tokens: Tensor, parents: Tensor, sizes: Tensor | None = None, scores: Tensor | None = None
+) -> DraftTree:
     """Derive depths and ancestor bits from parents.
 
     Args:
@@ -161,7 +163,8 @@ def pad(tree: DraftTree, nodes: int) -> DraftTree:
         scores = torch.cat([tree.scores, tree.scores.new_full((b, extra), -torch.inf)], dim=1)
     return DraftTree(
         torch.cat([tree.tokens, zeros], dim=1), torch.cat([tree.parents, zeros], dim=1),
-        torch.cat([tree.depths, zeros + 1], dim=1), torch.cat([tree.ancestors, (bits | 1).expand(b, extra)], dim=1),
+        torch.cat([tree.depths, zeros + 1], dim=1),
+        torch.cat([tree.ancestors, (bits | 1).expand(b, extra)], dim=1),
         tree.sizes, scores,
     )  # fmt: skip
 
