@@ -157,7 +157,7 @@ class BatchSampling:
         penalties = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in settings]
         return BatchSampling(
             temperature=column([max(s.temperature, COLDEST) if s.temperature else 0.0 for s in settings]),
-            top_k=torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device),
+            top_k=torch.tensor([min(s.top_k, vocab) for s in settings], dtype=torch.int64, device=device),
             top_p=column([s.top_p for s in settings]),
             min_p=column([s.min_p for s in settings]),
             bias=_bias(settings, vocab, device),

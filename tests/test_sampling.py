@@ -149,6 +149,9 @@ class TestProcess:
         wide = Sampling(temperature=1, top_p=0.8, min_p=0.6)
         assert finite(processed(logits, wide)) == [True, True, False, False]
 
+    def test_top_k_beyond_the_vocabulary_keeps_all(self) -> None:
+        assert all(finite(processed([1.0, 2.0, 3.0], Sampling(temperature=1, top_k=10**30))))
+
     def test_truncation_is_by_request(self) -> None:
         logits = torch.tensor([4.0, 3.0, 2.0, 1.0]).log().expand(4, 1, 4)
         cuts: list[dict[str, Any]] = [{}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.7}]
