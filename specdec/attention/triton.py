@@ -209,7 +209,7 @@ def _kernels(device: str) -> Any:
         UnsupportedError: triton is not installed, or the tensors are not on CUDA and it does not interpret.
     """
     try:
-        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional, without types
+        import triton
     except ImportError as error:
         raise UnsupportedError(
             "triton is not installed", field="attention", value="triton",
