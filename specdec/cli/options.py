@@ -28,14 +28,15 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
                             help="layer-input ids, for heads whose checkpoint names none")  # fmt: skip
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = Sampling.max_tokens) -> None:
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:
     """--temperature and its family; defaults are the library's."""
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
-    parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="0 keeps all")
-    parser.add_argument("--min-p", type=float, default=Sampling.min_p)
-    parser.add_argument("--repetition-penalty", type=float, default=Sampling.repetition_penalty)
-    parser.add_argument("--max-tokens", type=int, default=max_tokens)
+    defaults = Sampling()
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p)
+    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 keeps all")
+    parser.add_argument("--min-p", type=float, default=defaults.min_p)
+    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty)
+    parser.add_argument("--max-tokens", type=int, default=max_tokens or defaults.max_tokens)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
