@@ -1,6 +1,7 @@
 """The data contract: what capture hands to every estimator, and how contexts at depth k are cut from it.
 
-Knows tensors only: no model, no tokenizer, no file. Alignment, drawn once (theory.md 0; final[i] predicts ids[i+1]):
+Knows tensors only: no model, no tokenizer, no file. Alignment, drawn once (theory.md 0; final[i] predicts
+ids[i+1]):
 
     position          t        t+1      ...   t+k-1        t+k
     ids               x_t      x_{t+1}  ...   x_{t+k-1}    x_{t+k}

@@ -1,7 +1,7 @@
 """Splitting by document: folds that rotate, and predictor documents apart from outcome documents.
 
-Positions of one document share a topic, so a row-wise split leaks (theory.md 2.2); a predictor and an outcome from
-the same documents would be circular (3.4). Knows document and domain numbers only.
+Positions of one document share a topic, so a row-wise split leaks (theory.md 2.2); a predictor and an outcome
+from the same documents would be circular (3.4). Knows document and domain numbers only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def among(doc: Tensor, documents: Tensor) -> Tensor:
     return torch.isin(doc, documents)
 
 
-def make_folds(doc: Tensor, *, folds: int = 5, seed: int = 0, domain: Tensor | None = None) -> tuple[Fold, ...]:
+def make_folds(
+    doc: Tensor, *, folds: int = 5, seed: int = 0, domain: Tensor | None = None
+) -> tuple[Fold, ...]:
     """Deal documents into `folds` parts; fold i tests on part i, stops on part i + 1, trains on the rest.
 
     Args:
@@ -85,7 +87,8 @@ def split_roles(
             allowed=">= 2",
             remedy="Give more prompts",
         )
-    # The fractional part of i * share jumps once per 1 / share documents: an even interleave, domain by domain.
+    # The fractional part of i * share jumps once per 1 / share documents: an even interleave, domain by
+    # domain.
     steps = (torch.arange(present.shape[0] + 1, dtype=torch.float64) * outcome).floor()
     chosen = steps.diff() > 0
     if not bool(chosen.any()):
@@ -94,7 +97,7 @@ def split_roles(
 
 
 def _shuffled(doc: Tensor, domain: Tensor | None, seed: int) -> Tensor:
-    """Unique documents in random order, grouped by domain so that dealing them round robin balances domains."""
+    """Unique documents in random order, grouped by domain: dealing them round robin balances domains."""
     present, inverse = torch.unique(doc, return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(present.shape[0], generator=generator)
@@ -102,4 +105,5 @@ def _shuffled(doc: Tensor, domain: Tensor | None, seed: int) -> Tensor:
         kind = torch.zeros_like(present)
         kind[inverse] = domain
         order = order[kind[order].argsort(stable=True)]
-    return present[order]
+    ordered: Tensor = present[order]
+    return ordered

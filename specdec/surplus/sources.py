@@ -1,8 +1,9 @@
 """Toy sources whose surplus is known in closed form: the controls of theory.md 2.4 and 5.
 
 Order-1 Markov (surplus exactly zero), lag-2 copy (closed form), finite hidden Markov models (enumeration plus
-filtering), and permutation of rows within equal z. A source is a `Toy`: sampled ids, exact next-token laws and
-belief-like features; no probe, no target. Dimension legend: D documents, L length, V symbols, S hidden states.
+filtering), and permutation of rows within equal z. A source is a `Toy`: sampled ids, exact next-token laws
+and belief-like features; no probe, no target. Dimension legend: D documents, L length, V symbols, S hidden
+states.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class HiddenMarkov:
         step = self.edges.sum(0)
         law = torch.full((step.shape[0],), 1 / step.shape[0], dtype=torch.float64)
         power = torch.linalg.matrix_power(step, 4096)
-        return law @ power
+        stationary: Tensor = law @ power
+        return stationary
 
     def sample(self, documents: int, length: int, generator: torch.Generator) -> Toy:
         """Start in the stationary law; features are the log-belief after x_t, randomly mapped."""
@@ -136,7 +138,7 @@ class HiddenMarkov:
         return _pack(torch.stack(ids, 1), logs - logs.mean(-1, keepdim=True), torch.stack(laws, 1), generator)
 
     def eta(self, k: int) -> float:
-        """eta_k = H(X_k | X_{1:k-1}) in nats, by enumerating all V^(k-1) words (k = 1: the marginal entropy)."""
+        """eta_k = H(X_k | X_{1:k-1}) in nats, over all V^(k-1) words; eta_1 is the marginal entropy."""
         forward = self.stationary[None]
         for _ in range(k - 1):
             forward = torch.einsum("ni,vij->nvj", forward, self.edges).flatten(0, 1)
@@ -145,7 +147,7 @@ class HiddenMarkov:
         return float(-torch.special.xlogy(joint, joint / weight).sum())
 
     def surplus(self, k: int, horizon: int) -> float:
-        """S_k = eta_k - eta_inf (theory.md 1.2), eta_inf read at `horizon`, where it has converged from above."""
+        """S_k = eta_k - eta_inf (theory.md 1.2), eta_inf read at `horizon`, converged from above."""
         return self.eta(k) - self.eta(horizon)
 
 
@@ -170,9 +172,9 @@ def random_hmm(states: int, symbols: int, generator: torch.Generator, sharpness:
 def permute_within(z: Tensor, doc: Tensor, generator: torch.Generator) -> Tensor:
     """A permutation that gives each row the feature of another row with equal z.
 
-    Groups are shuffled, ordered by document and turned by half their size, so that donors come from other documents
-    where the group spans several. A row whose z is unique would keep its own feature and make the control see h;
-    such rows are grouped by their last token alone, then all together.
+    Groups are shuffled, ordered by document and turned by half their size, so that donors come from other
+    documents where the group spans several. A row whose z is unique would keep its own feature and make the
+    control see h; such rows are grouped by their last token alone, then all together.
 
     Args:
         z: int64 [n, k - 1].
@@ -197,7 +199,9 @@ def permute_within(z: Tensor, doc: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _dense(rows: Tensor) -> Tensor:
-    return torch.unique(rows, dim=0, return_inverse=True)[1]
+    _, group = torch.unique(rows, dim=0, return_inverse=True)
+    dense: Tensor = group
+    return dense
 
 
 def _turn(key: Tensor, doc: Tensor, generator: torch.Generator) -> Tensor:

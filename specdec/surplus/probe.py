@@ -1,0 +1,304 @@
+"""E1, the nested conditional probe: log q = log softmax(log r(y|z) + U F([norm(h); enc(z)])) (theory.md 2.2).
+
+It starts exactly at the control r (last map zero), so ignoring h is always within reach; h and z meet inside
+F's non-linearity, because additive logits recover nothing when only their interaction informs. Trained on the
+target's own law as soft labels. Probes of several depths walk the text together: a row's label law is
+computed once. Knows tensors only. Dimension legend: T rows, F feature width, M label symbols, e token width,
+k depth, B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from specdec.errors import RequestError
+from specdec.surplus.contract import Contexts, contexts
+from specdec.surplus.control import Control
+from specdec.surplus.labels import Labels
+from specdec.surplus.sources import permute_within
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeData:
+    """What a probe may read.
+
+    Attributes:
+        ids: int64 [T].
+        doc: int64 [T].
+        features: [T, F], one tap set.
+        labels: log p of any row.
+        tokens: [V, e] frozen embedding of z's tokens.
+        unembedding: [M, d] frozen U (identity for toys).
+        donor: per depth an int64 [T]: the row whose feature is fed in place of row t (controls); absent = t.
+    """
+
+    ids: Tensor
+    doc: Tensor
+    features: Tensor
+    labels: Labels
+    tokens: Tensor
+    unembedding: Tensor
+    donor: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.features).all()):
+            raise RequestError(
+                "NaN or infinity in hidden states", field="features", remedy="Drop those documents"
+            )
+
+    def contexts(self, depth: int, among: Tensor) -> Contexts:
+        """Contexts of `depth` whose row t is in the bool mask `among` [T]."""
+        return contexts(self.ids, self.doc, depth, among)
+
+    def inputs(self, where: Contexts) -> Tensor:
+        """Features [n, F] of the contexts, donors applied."""
+        rows = self.donor[where.depth][where.at] if where.depth in self.donor else where.at
+        return self.features[rows].float()
+
+
+def permuted(data: ProbeData, parts: tuple[Tensor, ...], depths: tuple[int, ...], seed: int) -> ProbeData:
+    """The same data with h permuted within equal z, separately inside each bool mask [T] of `parts`."""
+    generator = torch.Generator().manual_seed(seed)
+    donor = {}
+    for depth in depths:
+        rows = torch.arange(data.ids.shape[0])
+        for part in parts:
+            where = data.contexts(depth, part)
+            rows[where.at] = where.at[permute_within(where.z, data.doc[where.at], generator)]
+        donor[depth] = rows
+    return replace(data, donor=donor)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSettings:
+    """Shape and training of a probe; the defaults suit a GPU (theory.md 2.2).
+
+    Attributes:
+        width: inner width of F.
+        rank: output rank before U, at most 256 by design.
+        token_width: width of each encoded z token.
+        epochs, patience: at most `epochs`, stop after `patience` without a better validation value.
+        batch: rows t per step; `block` neighbours stay together so that depths share label rows.
+        rate, decay: of AdamW; the rate falls along a cosine.
+        seed: of weights and order.
+    """
+
+    width: int = 2048
+    rank: int = 256
+    token_width: int = 64
+    epochs: int = 30
+    patience: int = 4
+    batch: int = 512
+    block: int = 16
+    rate: float = 2e-3
+    decay: float = 1e-2
+    seed: int = 0
+
+
+class Probe(nn.Module):
+    """F([norm(h); enc(z)]) and U: the logits added to the control's.
+
+    `norm` divides by the root mean square, keeps its logarithm as one more feature (nothing is lost) and
+    standardises
+    every dimension by training statistics: residual streams carry dimensions a thousand times larger than
+    others.
+    """
+
+    def __init__(self, data: ProbeData, train: Contexts, settings: ProbeSettings) -> None:
+        super().__init__()
+        slots = train.depth - 1
+        self.tokens, self.unembedding = data.tokens.float(), data.unembedding.float()
+        every = 1 + train.at.shape[0] // 20000
+        sample = _spherical(data.inputs(train.take(torch.arange(0, train.at.shape[0], every))))
+        self.centre, self.scale = sample.mean(0), sample.std(0).clamp_min(1e-6)
+        # One encoder per slot: x_{t+1} and x_{t+2} play different parts.
+        shape = (slots, self.tokens.shape[1], settings.token_width)
+        self.encode = nn.Parameter(torch.randn(shape) / math.sqrt(self.tokens.shape[1]))
+        inner = sample.shape[1] + settings.token_width * slots
+        self.body = nn.Sequential(
+            nn.Linear(inner, settings.width), nn.GELU(), nn.Linear(settings.width, settings.rank)
+        )
+        self.last = nn.Linear(settings.rank, self.unembedding.shape[1], bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, features: Tensor, z: Tensor) -> Tensor:
+        """features [n, F], z int64 [n, k - 1] -> logits [n, M] to add to log r."""
+        state = (_spherical(features) - self.centre) / self.scale
+        codes = torch.einsum("nse,sew->nsw", self.tokens[z], self.encode).flatten(1)
+        hidden: Tensor = self.last(self.body(torch.cat([state, codes], dim=-1)))
+        return hidden @ self.unembedding.T
+
+
+def _spherical(features: Tensor) -> Tensor:
+    rms = features.square().mean(-1, keepdim=True).add(1e-12).sqrt()
+    return torch.cat([features / rms, rms.log()], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A trained probe over its control.
+
+    Attributes:
+        probe: at its best epoch.
+        control: r, whose log-probabilities are the starting logits.
+        validation: mean soft cross-entropy at that epoch, nats.
+        epochs: run until the stop.
+    """
+
+    probe: Probe
+    control: Control
+    validation: float
+    epochs: int
+
+    @torch.no_grad()
+    def log_probs(self, data: ProbeData, where: Contexts) -> Tensor:
+        """float32 log q [n, M]."""
+        logits = self.control.log_probs(where.z) + self.probe(data.inputs(where), where.z)
+        return torch.log_softmax(logits, dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Contexts of one depth with their label law log p [n, M]."""
+
+    where: Contexts
+    log_p: Tensor
+
+
+def walk_text(
+    data: ProbeData, plan: Mapping[int, Contexts], settings: ProbeSettings, generator: torch.Generator | None
+) -> Iterator[dict[int, Batch]]:
+    """Visit every context of every depth once; label rows shared by several depths are computed once per
+    batch.
+
+    Args:
+        plan: contexts per depth.
+        generator: shuffles blocks of neighbouring rows; None keeps the text's order.
+    """
+    lookup = {}
+    for depth, where in plan.items():
+        table = torch.full((data.ids.shape[0],), -1, dtype=torch.int64)
+        table[where.at] = torch.arange(where.at.shape[0])
+        lookup[depth] = table
+    starts = torch.unique(torch.cat([where.at for where in plan.values()]) // settings.block)
+    if generator is not None:
+        starts = starts[torch.randperm(starts.shape[0], generator=generator)]
+    per = max(1, settings.batch // settings.block)
+    for i in range(0, starts.shape[0], per):
+        rows = (starts[i : i + per, None] * settings.block + torch.arange(settings.block)).flatten()
+        rows = rows[rows < data.ids.shape[0]]
+        found = {depth: table[rows] for depth, table in lookup.items()}
+        parts = {depth: plan[depth].take(index[index >= 0]) for depth, index in found.items()}
+        needed, slot = torch.unique(
+            torch.cat([part.label_row for part in parts.values()]), return_inverse=True
+        )
+        laws, offset, ready = data.labels.rows(needed), 0, {}
+        for depth, part in parts.items():
+            mine = slot[offset : offset + part.at.shape[0]]
+            offset += part.at.shape[0]
+            if part.at.shape[0]:
+                ready[depth] = Batch(part, laws[mine])
+        yield ready
+
+
+def fit_probes(
+    data: ProbeData,
+    train: Mapping[int, Contexts],
+    val: Mapping[int, Contexts],
+    controls: Mapping[int, Control],
+    settings: ProbeSettings,
+) -> dict[int, Fitted]:
+    """Train one probe per depth over its control, early-stopped each on its own validation cross-entropy.
+
+    Raises:
+        RequestError: a depth without training or validation contexts.
+    """
+    for name, plan in (("train", train), ("val", val)):
+        for depth, where in plan.items():
+            if not where.at.shape[0]:
+                raise RequestError(
+                    f"no {name} contexts", field="depth", value=depth, remedy="Longer documents"
+                )
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(settings.seed)
+    probes = {depth: Probe(data, where, settings) for depth, where in train.items()}
+    torch.random.set_rng_state(torch_state)
+    course = {depth: _Course(probe, controls[depth]) for depth, probe in probes.items()}
+    _validate(data, val, course, settings)
+    _train(data, train, val, course, settings)
+    return {depth: each.result() for depth, each in course.items()}
+
+
+class _Course:
+    """The mutable side of one depth's training: best state so far and patience used."""
+
+    def __init__(self, probe: Probe, control: Control) -> None:
+        self.probe, self.control = probe, control
+        self.best, self.stale, self.epochs = math.inf, -1, -1
+        self.state = {name: value.clone() for name, value in probe.state_dict().items()}
+
+    def loss(self, data: ProbeData, batch: Batch) -> Tensor:
+        """Mean soft cross-entropy of a batch."""
+        where = batch.where
+        base = self.control.log_probs(where.z)
+        log_q = torch.log_softmax(base + self.probe(data.inputs(where), where.z), dim=-1)
+        return -(batch.log_p.exp() * log_q).sum(-1).mean()
+
+    def note(self, score: float) -> None:
+        """Record an epoch's validation value."""
+        self.epochs += 1
+        if score < self.best:
+            self.best, self.stale = score, 0
+            self.state = {name: value.clone() for name, value in self.probe.state_dict().items()}
+        else:
+            self.stale += 1
+
+    def result(self) -> Fitted:
+        """The probe at its best epoch."""
+        self.probe.load_state_dict(self.state)
+        return Fitted(self.probe.eval(), self.control, self.best, self.epochs)
+
+
+def _train(
+    data: ProbeData,
+    train: Mapping[int, Contexts],
+    val: Mapping[int, Contexts],
+    course: dict[int, _Course],
+    settings: ProbeSettings,
+) -> None:
+    generator = torch.Generator().manual_seed(settings.seed)
+    active = dict(course)
+    weights = [p for each in course.values() for p in each.probe.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=settings.decay)
+    for epoch in range(settings.epochs):
+        plan = {depth: train[depth] for depth in active}
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * (
+                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs))
+            )
+        for batch in walk_text(data, plan, settings, generator):
+            optimizer.zero_grad(set_to_none=True)
+            # Depths share no weight, so one sum of losses is many independent trainings.
+            torch.stack([active[depth].loss(data, part) for depth, part in batch.items()]).sum().backward()
+            optimizer.step()
+        _validate(data, {depth: val[depth] for depth in active}, active, settings)
+        active = {depth: each for depth, each in active.items() if each.stale < settings.patience}
+        if not active:
+            return
+
+
+@torch.no_grad()
+def _validate(
+    data: ProbeData, val: Mapping[int, Contexts], course: Mapping[int, _Course], settings: ProbeSettings
+) -> None:
+    sums = dict.fromkeys(val, 0.0)
+    for batch in walk_text(data, val, settings, None):
+        for depth, part in batch.items():
+            sums[depth] += float(course[depth].loss(data, part)) * part.where.at.shape[0]
+    for depth, where in val.items():
+        course[depth].note(sums[depth] / where.at.shape[0])
