@@ -1,7 +1,7 @@
-"""From a GGUF file to a directory as everyone writes it: config, float32 safetensors, tokenizer, chat template.
+"""From a GGUF file to a directory as everyone writes it: config, float32 safetensors, tokenizer, template.
 
-transformers does the dequantising; this mends what its reader gets wrong. Knows nothing of caches or names. Float32,
-because a dequantised 4-bit value is in general no bfloat16 number: the dtype is chosen at every load.
+transformers does the dequantising; this mends what its reader gets wrong. Knows nothing of caches or names.
+Float32, because a dequantised 4-bit value is in general no bfloat16: the dtype is chosen at every load.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from specdec.errors import CheckpointError, UnsupportedError
 from specdec.target.weights import check_finite
 
+AGAIN = "Fetch it again."
 RECIPE = 1  # raise when what `convert` writes changes: cached conversions are then made again
+ARCHITECTURE, PRE, END_OF_TURN = "general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id"
 SAMPLED_ROWS = 1024
-TWINS = (
-    0.98  # mean cosine between two quantised copies of one embedding; of two different matrices it is near 0
-)
+TWINS = 0.98  # mean cosine of two quantised copies of one embedding; of two different matrices it is near 0
 # tokenizer.json entries that transformers' GGUF reader forgets, by the file's `tokenizer.ggml.pre`
 DIGITS: dict[str, Any] = {
     "type": "Sequence",
@@ -41,7 +41,7 @@ MENDED: dict[str, dict[str, Any]] = {
     "smollm": {"pre_tokenizer": DIGITS},
     "qwen2": {"normalizer": {"type": "NFC"}},
 }
-CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen ends a turn with the first and a text with the second
+QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen ends a turn with the first and a text with the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +67,14 @@ def read_header(source: Path) -> Header:
     """
     try:
         fields = GGUFReader(source).fields
-        said = {
-            name: fields[name].contents()
-            for name in ("general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id")
-            if name in fields
-        }
+        said = {name: fields[name].contents() for name in (ARCHITECTURE, PRE, END_OF_TURN) if name in fields}
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"is not a GGUF file, or truncated: {error}", field=str(source),
-                              remedy="Fetch it again.") from error  # fmt: skip
-    if "general.architecture" not in said:
+                              remedy=AGAIN) from error  # fmt: skip
+    if ARCHITECTURE not in said:
         raise CheckpointError("names no architecture", field=str(source))
-    eot = said.get("tokenizer.ggml.eot_token_id")
-    return Header(str(said["general.architecture"]), str(said.get("tokenizer.ggml.pre", "")),
-                  None if eot is None else int(eot))  # fmt: skip
+    eot = said.get(END_OF_TURN)
+    return Header(str(said[ARCHITECTURE]), str(said.get(PRE, "")), None if eot is None else int(eot))
 
 
 def convert(source: Path, directory: Path, name: str) -> None:
@@ -105,26 +100,24 @@ def convert(source: Path, directory: Path, name: str) -> None:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     _merge(directory / "tokenizer.json", MENDED.get(header.pre, {}))
-    _merge(directory / "generation_config.json", {"eos_token_id": stops})
+    if stops:
+        _merge(directory / "generation_config.json", {"eos_token_id": stops})
 
 
 def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer; through a directory of its own, where no other file can be taken for the model's."""
+    """Model and tokenizer; through a directory of its own, where no other file is taken for the model's."""
     with TemporaryDirectory() as lone:
         (Path(lone) / "model.gguf").symlink_to(source.resolve())
         given: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(lone, **given)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                lone, dtype=torch.float32, output_loading_info=True, **given
-            )
+            load: Any = AutoModelForCausalLM.from_pretrained  # its type forgets output_loading_info
+            model, report = load(lone, dtype=torch.float32, output_loading_info=True, **given)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedError(f"transformers cannot read it: {error}", field=str(source),
-                                   remedy="Convert it to safetensors with llama.cpp's tools.") from error  # fmt: skip
+                                   remedy="Take its safetensors instead.") from error  # fmt: skip
         except (OSError, RuntimeError, IndexError) as error:
-            raise CheckpointError(
-                f"cannot be read: {error}", field=str(source), remedy="Fetch it again."
-            ) from error
+            raise CheckpointError(f"cannot be read: {error}", field=str(source), remedy=AGAIN) from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError("lacks tensors", field=str(source), value=", ".join(missing[:4]))
     return model, tokenizer
@@ -132,12 +125,13 @@ def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _tie_twins(model: PreTrainedModel) -> None:
     """Tie embeddings that the file stores twice, keeping the LM head's copy: it is quantised more finely."""
-    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    ends: Any = model  # transformers types neither end
+    inputs, outputs = ends.get_input_embeddings().weight, ends.get_output_embeddings().weight
     if inputs is outputs or inputs.shape != outputs.shape:
         return
     rows = torch.linspace(0, len(inputs) - 1, min(SAMPLED_ROWS, len(inputs))).long()
     if F.cosine_similarity(inputs[rows], outputs[rows], dim=1).mean() > TWINS:
-        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(outputs.data))
+        inputs.data = outputs.data
         model.config.tie_word_embeddings = True
         model.tie_weights()
 
@@ -157,7 +151,7 @@ def _stop_ids(header: Header, model: PreTrainedModel, tokenizer: PreTrainedToken
     stops = list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     if header.architecture.startswith("qwen"):
         vocab: Mapping[str, int] = tokenizer.get_vocab()
-        stops += [vocab[token] for token in CHATML_STOPS if token in vocab]
+        stops += [vocab[token] for token in QWEN_STOPS if token in vocab]
     if header.end_of_turn is not None:
         stops.append(header.end_of_turn)
     return list(dict.fromkeys(stops))

@@ -1,7 +1,7 @@
 """Where a target's files come from: one door for the embedded default, directories, GGUF files and Hub ids.
 
-`resolve` turns a name into a directory of config, weights and tokenizer; the other functions read from it. Knows
-nothing of architectures: what the tensors mean is weights.py's and adapter.py's business.
+`resolve` turns a name into a directory of config, weights and tokenizer; the other functions read from it.
+Knows nothing of architectures: what the tensors mean is weights.py's and adapter.py's business.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from specdec.errors import CheckpointError, SpecdecError
 from specdec.target import embedded, gguf, store, weights
-from specdec.target.shards import PICKLED, SAFETENSORS, read_shard, shards
+from specdec.target.shards import PICKLED, SAFETENSORS, first_line, read_shard, shards
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NEEDED = "Put tokenizer.json and tokenizer_config.json there."
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 DOORS = f"{embedded.NAME}, a directory, a .gguf file, or a Hub id such as org/model"
 
@@ -35,7 +36,7 @@ class TargetFiles:
     Args:
         name: as the user gave it.
         directory: holds config.json, weights and tokenizer files.
-        revision: changes when the files do: a GGUF's sha256, a Hub commit, or a digest of config and file sizes.
+        revision: changes when the files do: a GGUF's sha256, a Hub commit, or a digest of config and sizes.
     """
 
     name: str
@@ -47,8 +48,8 @@ def resolve(name: str, *, cache_dir: Path | None = None) -> TargetFiles:
     """Find a target, converting or fetching it on first use.
 
     Args:
-        name: the embedded default's name; else an existing directory or .gguf file; else a Hub id. A directory
-            that happens to be called as the default is reached by "./smollm2-135m".
+        name: the embedded default's name; else an existing directory or .gguf file; else a Hub id. A
+            directory that happens to be called as the default is reached by "./smollm2-135m".
         cache_dir: where conversions are kept; by default `store.cache_root()`. The Hub keeps its own cache.
 
     Raises:
@@ -61,7 +62,7 @@ def resolve(name: str, *, cache_dir: Path | None = None) -> TargetFiles:
     path = Path(name).expanduser()
     if path.is_file():
         return _from_file(name, path, root)
-    if path.is_dir():
+    if name and path.is_dir():  # Path("") is the current directory
         return _from_directory(name, path, root)
     if not HUB_ID.fullmatch(name) or path.suffix == ".gguf" or name.startswith("."):
         raise SpecdecError("no such target", field="target", value=name, allowed=DOORS)
@@ -107,9 +108,8 @@ def _from_hub(name: str) -> TargetFiles:
             path = fetch(*HUB_FILES, "pytorch_model*.bin")
     except (OSError, ValueError) as error:  # the Hub's errors, from "offline" to "gated", are kinds of these
         offline = "HF_HUB_OFFLINE is set; unset it. " if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(error).splitlines()[0]
-        raise SpecdecError(f"no such directory here, and the Hub does not give it: {reason}", field="target",
-                           value=name, allowed=DOORS,
+        raise SpecdecError(f"no such directory here, and the Hub does not give it: {first_line(error)}",
+                           field="target", value=name, allowed=DOORS,
                            remedy=offline + "Check the name, the network and, for a gated model, HF_TOKEN."
                            ) from error  # fmt: skip
     load_config(path)
@@ -161,9 +161,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
-        raise CheckpointError(f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}", field="tokenizer",
-                              value=str(directory),
-                              remedy="Put tokenizer.json and tokenizer_config.json there.") from error  # fmt: skip
+        raise CheckpointError(f"cannot be loaded: {first_line(error)}", field="tokenizer",
+                              value=str(directory), remedy=NEEDED) from error  # fmt: skip
 
 
 def stop_token_ids(directory: Path) -> tuple[int, ...]:
@@ -194,8 +193,8 @@ def _json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name} in it", field="target", value=str(path.parent),
-                              remedy=f"A target is a directory of {path.name}, {SAFETENSORS} (or {PICKLED}) and "
-                              "tokenizer files.") from None  # fmt: skip
+                              remedy=f"A target is a directory of {path.name}, {SAFETENSORS} (or {PICKLED}) "
+                              "and tokenizer files.") from None  # fmt: skip
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot be read: {error}", field=str(path)) from error
     if not isinstance(document, dict):

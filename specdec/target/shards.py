@@ -1,7 +1,7 @@
 """The weight files of a directory: which they are, and the tensors in each.
 
-Safetensors (one file or several with an index) or PyTorch's pickles, of which only tensors are unpickled. Knows
-nothing of models; a broken file is named, and where possible the first tensor that is cut off.
+Safetensors (one file or several with an index) or PyTorch's pickles, of which only tensors are unpickled.
+Knows nothing of models; a broken file is named, and where possible the first tensor that is cut off.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ def shards(directory: Path) -> tuple[Shard, ...]:
     loose = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(loose) == 1:
         return (Shard(loose[0], frozenset()),)
-    raise CheckpointError("the directory holds no weights" if not loose else "several weight files and no index",
+    raise CheckpointError("several weight files and no index" if loose else "the directory holds no weights",
                           field="target", value=str(directory),
                           allowed=f"{SAFETENSORS} or {PICKLED}, whole or with an index")  # fmt: skip
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for ours."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _indexed(directory: Path, index: str) -> tuple[Shard, ...]:
@@ -58,8 +63,8 @@ def _indexed(directory: Path, index: str) -> tuple[Shard, ...]:
         raise CheckpointError(f"is no index of weights: {error!r}", field=str(directory / index)) from error
     for name, tensors in placed.items():
         if Path(name).name != name or not (directory / name).is_file():
-            raise CheckpointError("a weight file that the index names is absent", field=min(tensors),
-                                  value=str(directory / name), remedy="Is the download complete?")  # fmt: skip
+            raise CheckpointError("the file that the index says holds it is absent", field=min(tensors),
+                                  value=str(directory / name), remedy=AGAIN)  # fmt: skip
     return tuple(Shard(name, frozenset(placed[name])) for name in sorted(placed))
 
 
@@ -86,7 +91,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _cut_off(path: Path) -> str | None:
-    """The first tensor whose bytes reach past the end of the file; None if the header itself is unreadable."""
+    """The first tensor whose bytes reach past the end of the file; None if the header is unreadable."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -107,7 +112,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         # only PyTorch's zip format can be mapped; files from before 1.6 are read whole
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(f"is truncated or not a file of tensors: {str(error).splitlines()[0]}",
+        raise CheckpointError(f"is truncated or not a file of tensors: {first_line(error)}",
                               field=str(path), remedy=AGAIN) from error  # fmt: skip
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError("is not a table of tensors", field=str(path))

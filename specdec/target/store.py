@@ -1,7 +1,7 @@
 """Directories that are expensive to make: built once under the cache, found broken and built again.
 
-Knows files, sizes and hashes; not what is in them. A directory appears under its name only when it is complete, and
-carries a manifest by which every later start checks it.
+Knows files, sizes and hashes; not what is in them. A directory appears under its name only when it is whole,
+and carries a manifest by which every later start checks it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def sha256_once(path: Path, memo: Path) -> str:
 def build_once(place: Path, build: Callable[[Path], None]) -> Path:
     """`place`, intact; made by `build(empty directory)` if it is absent or broken.
 
-    Of several processes one builds and the others wait. The one that dies half way leaves nothing that is mistaken
-    for the whole.
+    Of several processes one builds and the others wait. The one that dies half way leaves nothing that is
+    mistaken for the whole.
 
     Raises:
         SpecdecError: the cache cannot be written. Whatever `build` raises passes through.
@@ -80,8 +80,8 @@ def build_once(place: Path, build: Callable[[Path], None]) -> Path:
 def intact(place: Path) -> bool:
     """Whether every file of the manifest is there and unchanged.
 
-    Sizes are compared always; contents only where a modification time is not the recorded one (a copied or restored
-    cache), and the new times are then recorded.
+    Sizes are compared always; contents only where a modification time is not the recorded one (a copied or
+    restored cache), and the new times are then recorded.
     """
     try:
         seals = {name: Seal(**seal) for name, seal in json.loads((place / MANIFEST).read_text()).items()}
