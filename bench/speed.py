@@ -41,8 +41,9 @@ def load_job(path: Path, decoder: SpecDecoder, limit: int | None) -> Job:
     return Job(path.stem, path, prompts)
 
 
-def measure(job: Job, systems: Sequence[System], sampling: Sampling, repeats: int,
-            tick: Callable[[], None]) -> dict[str, list[list[Run]]]:  # fmt: skip
+def measure(
+    job: Job, systems: Sequence[System], sampling: Sampling, repeats: int, tick: Callable[[], None]
+) -> dict[str, list[list[Run]]]:
     """Runs by system: a list per prompt of `repeats` runs. Each system warms up on the first prompt."""
     for system in systems:
         system.answer(job.prompts[0], sampling)
@@ -64,8 +65,12 @@ def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain
     for name, answers in runs.items():
         speed = [_median_speed(answer) for answer in answers]
         counters = total(run.counters for answer in answers for run in answer)
-        row: dict[str, Any] = {"set": job.name, "system": name, "prompts": len(answers),
-                               "prompt_hash": digest(job.file)}  # fmt: skip
+        row: dict[str, Any] = {
+            "set": job.name,
+            "system": name,
+            "prompts": len(answers),
+            "prompt_hash": digest(job.file),
+        }
         row["tokens_per_second"], row["tokens_per_second_ci"] = _interval(speed, speed, ratio=False)
         for other in (baseline, "transformers"):
             if other in runs and other != name:
@@ -74,7 +79,9 @@ def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain
                 row[f"same_tokens_as_{other}"] = _same(answers, runs[other])
         if counters.rounds:
             row |= {k: v for k, v in counters.as_dict().items() if k != "seconds"}
-            row["ms_per_round"] = {k: round(v / counters.rounds * 1e3, 3) for k, v in counters.seconds.items()}
+            row["ms_per_round"] = {
+                k: round(v / counters.rounds * 1e3, 3) for k, v in counters.seconds.items()
+            }
         rows.append(row)
     return rows
 
@@ -84,8 +91,9 @@ def _median_speed(answer: list[Run]) -> tuple[float, float]:
     return float(len(answer[0].tokens)), statistics.median(run.seconds for run in answer)
 
 
-def _interval(ours: list[tuple[float, float]], base: list[tuple[float, float]], *, ratio: bool
-              ) -> tuple[float, list[float]]:  # fmt: skip
+def _interval(
+    ours: list[tuple[float, float]], base: list[tuple[float, float]], *, ratio: bool
+) -> tuple[float, list[float]]:
     """Rate over all prompts (or ratio of two) and its 95% bootstrap interval over prompts."""
 
     def value(pick: Sequence[int]) -> float:
@@ -105,8 +113,9 @@ def _same(left: list[list[Run]], right: list[list[Run]]) -> float:
     return round(sum(same) / len(same), 4)
 
 
-def first_divergences(decoder: SpecDecoder, job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain"
-                      ) -> list[dict[str, Any]]:  # fmt: skip
+def first_divergences(
+    decoder: SpecDecoder, job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain"
+) -> list[dict[str, Any]]:
     """Where tokens differ from the baseline's in low precision: position and the top-2 logit gap there."""
     rows = []
     for name, answers in runs.items():
@@ -114,9 +123,18 @@ def first_divergences(decoder: SpecDecoder, job: Job, runs: dict[str, list[list[
             ours, theirs = answer[0].tokens, base[0].tokens
             if ours == theirs:
                 continue
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-            rows.append({"system": name, "prompt": number, "position": at,
-                         "gap": _gap(decoder, job.prompts[number] + theirs[:at])})  # fmt: skip
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+                min(len(ours), len(theirs)),
+            )
+            rows.append(
+                {
+                    "system": name,
+                    "prompt": number,
+                    "position": at,
+                    "gap": _gap(decoder, job.prompts[number] + theirs[:at]),
+                }
+            )
     return rows
 
 
@@ -133,9 +151,18 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run(files: Sequence[Path], target: str, drafters: Sequence[str], options: Options, sampling: Sampling, *,
-        limit: int | None, repeats: int, with_transformers: bool, tick: Callable[[str, int], Callable[[], None]],
-        ) -> list[dict[str, Any]]:  # fmt: skip
+def run(
+    files: Sequence[Path],
+    target: str,
+    drafters: Sequence[str],
+    options: Options,
+    sampling: Sampling,
+    *,
+    limit: int | None,
+    repeats: int,
+    with_transformers: bool,
+    tick: Callable[[str, int], Callable[[], None]],
+) -> list[dict[str, Any]]:
     """The whole bench; returns rows and appends them to bench/results/speed.jsonl."""
     decoder = SpecDecoder.from_pretrained(target, "none", options)
     memory = peak_memory_mb()
@@ -143,12 +170,21 @@ def run(files: Sequence[Path], target: str, drafters: Sequence[str], options: Op
     info = decoder.engine.target.info
     if with_transformers:
         systems += transformers_systems(decoder.loaded.files.directory, info.dtype, info.stop_ids)
-    shared = {"target": info.name, "dtype": str(info.dtype), "temperature": sampling.temperature,
-              "max_tokens": sampling.max_tokens, "repeats": repeats, "seed": SEED, "load_peak_mb": round(memory)}  # fmt: skip
+    shared = {
+        "target": info.name,
+        "dtype": str(info.dtype),
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "repeats": repeats,
+        "seed": SEED,
+        "load_peak_mb": round(memory),
+    }
     rows: list[dict[str, Any]] = []
     for path in files:
         job = load_job(path, decoder, limit)
-        runs = measure(job, systems, sampling, repeats, tick(job.name, len(job.prompts) * repeats * len(systems)))
+        runs = measure(
+            job, systems, sampling, repeats, tick(job.name, len(job.prompts) * repeats * len(systems))
+        )
         diverged = first_divergences(decoder, job, runs) if sampling.greedy else []
         for row in summarise(job, runs):
             mine = [d for d in diverged if d["system"] == row["system"]]

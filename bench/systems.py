@@ -62,13 +62,28 @@ def transformers_systems(directory: Path, dtype: torch.dtype, stop_ids: Sequence
         def answer(prompt: Sequence[int], sampling: Sampling) -> Run:
             ids = torch.tensor([list(prompt)])
             extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
-            law = {"do_sample": False} if sampling.greedy else {
-                "do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}  # fmt: skip
+            law = (
+                {"do_sample": False}
+                if sampling.greedy
+                else {
+                    "do_sample": True,
+                    "temperature": sampling.temperature,
+                    "top_k": 0,
+                    "top_p": sampling.top_p,
+                }
+            )
             end = None if sampling.ignore_eos else list(stop_ids)
             start = time.perf_counter()
             with torch.inference_mode():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.max_tokens,
-                                     pad_token_id=0, eos_token_id=end, **law, **extra)  # fmt: skip
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=sampling.max_tokens,
+                    pad_token_id=0,
+                    eos_token_id=end,
+                    **law,
+                    **extra,
+                )
             seconds = time.perf_counter() - start
             return Run(tuple(out[0, ids.shape[1] :].tolist()), seconds)
 

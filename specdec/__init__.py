@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from specdec.generate import Answer, Options, SpecDecoder
     from specdec.sampling import Sampling
 
-_HOME = {"Answer": "generate", "Options": "generate", "SpecDecoder": "generate", "Sampling": "sampling",
-         "SpecdecError": "errors"}  # fmt: skip
+_HOME = {
+    "Answer": "generate",
+    "Options": "generate",
+    "SpecDecoder": "generate",
+    "Sampling": "sampling",
+    "SpecdecError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -125,8 +125,9 @@ class SpecDecoder:
         self._ids = itertools.count()
 
     @classmethod
-    def from_pretrained(cls, target: str = "smollm2-135m", head: str | Path | None = "auto",
-                        options: Options | None = None) -> SpecDecoder:  # fmt: skip
+    def from_pretrained(
+        cls, target: str = "smollm2-135m", head: str | Path | None = "auto", options: Options | None = None
+    ) -> SpecDecoder:
         """Load a target by name, directory, GGUF file or Hub id, and a drafter.
 
         Args:
@@ -162,7 +163,9 @@ class SpecDecoder:
         )
         return tuple(rendered)
 
-    def request(self, prompt: Prompt, sampling: Sampling, *, chat: bool = True, speculate: bool = True) -> Request:
+    def request(
+        self, prompt: Prompt, sampling: Sampling, *, chat: bool = True, speculate: bool = True
+    ) -> Request:
         """A request for the engine with text and the target's own stop tokens."""
         ids = self.encode(prompt, chat=chat)
         own = () if sampling.ignore_eos else self.engine.target.info.stop_ids
@@ -172,11 +175,19 @@ class SpecDecoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens skipped."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None, *, chat: bool = True,
-                 speculate: bool = True) -> list[Answer]:  # fmt: skip
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = True,
+        speculate: bool = True,
+    ) -> list[Answer]:
         """Answer one prompt or many, batched continuously; answers come in the order of the prompts.
 
         Raises:
@@ -190,8 +201,9 @@ class SpecDecoder:
                 errors[piece.request] = piece.error
         return [answer_of(request, errors.get(request.id)) for request in requests]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, *, chat: bool = True,
-               speculate: bool = True) -> Iterator[Piece]:  # fmt: skip
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, chat: bool = True, speculate: bool = True
+    ) -> Iterator[Piece]:
         """Pieces of one answer as rounds finish; closing the iterator frees the slot."""
         yield from self._drive([self.request(prompt, sampling or Sampling(), chat=chat, speculate=speculate)])
 
@@ -215,7 +227,9 @@ class SpecDecoder:
             if open_ids:
                 self.engine.step()
 
-    async def agenerate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None) -> list[Answer]:
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None
+    ) -> list[Answer]:
         """`generate` in a thread; one call at a time per decoder."""
         return await asyncio.to_thread(self.generate, prompts, sampling)
 
@@ -242,24 +256,35 @@ def answer_of(request: Request, error: str | None = None) -> Answer:
     assert request.finish is not None, "still running"
     start = request.first_token or request.arrived
     return Answer(
-        request.id, request.text.text if request.text else "", tuple(request.output), request.finish,
-        len(request.prompt), request.counters, (request.finished or start) - start, tuple(request.logprobs), error,
-    )  # fmt: skip
+        request.id,
+        request.text.text if request.text else "",
+        tuple(request.output),
+        request.finish,
+        len(request.prompt),
+        request.counters,
+        (request.finished or start) - start,
+        tuple(request.logprobs),
+        error,
+    )
 
 
 def make_engine(target: Target, head: str | Path | None, options: Options) -> Engine:
     """An engine over a loaded target: drafter, cost table, budget."""
     length = options.max_length or min(target.info.max_length, 4096)
     if length > target.info.max_length:
-        raise SpecdecError("is longer than the target was made for", field="max_length", value=length,
-                           allowed=f"at most {target.info.max_length}")  # fmt: skip
+        raise SpecdecError(
+            "is longer than the target was made for",
+            field="max_length",
+            value=length,
+            allowed=f"at most {target.info.max_length}",
+        )
     limits = Limits(slots=options.slots, length=length)
     drafter = make_drafter(target, head, options, limits)
     return Engine(target, drafter, _budget(target, drafter, options, limits), limits)
 
 
 def make_drafter(target: Target, head: str | Path | None, options: Options, limits: Limits) -> Drafter:
-    """"auto", "ngram", "none" or a head's directory, checked against the target."""
+    """ "auto", "ngram", "none" or a head's directory, checked against the target."""
     if head == "auto":
         head = shipped_head(target.info.name) or "ngram"
     if head is None or head == "none":
@@ -267,9 +292,17 @@ def make_drafter(target: Target, head: str | Path | None, options: Options, limi
     if head == "ngram":
         return NgramDrafter()
     info = target.info
-    weights = load_head(Path(head), taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device)
-    check_match(weights.config, vocab=info.vocab, hidden=info.hidden, layers=info.layers,
-                fingerprint=info.fingerprint, name=info.name)  # fmt: skip
+    weights = load_head(
+        Path(head), taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device
+    )
+    check_match(
+        weights.config,
+        vocab=info.vocab,
+        hidden=info.hidden,
+        layers=info.layers,
+        fingerprint=info.fingerprint,
+        name=info.name,
+    )
     weights.freeze()
     return EagleDrafter(weights, target.embed, ReferenceAttention(), limits.slots, limits.length)
 
@@ -286,15 +319,21 @@ def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) 
 
 
 def parse_tree(text: str) -> Shape | None:
-    """"auto" or "depth/top-k/nodes", such as 7/10/60. Raises SpecdecError otherwise."""
+    """ "auto" or "depth/top-k/nodes", such as 7/10/60. Raises SpecdecError otherwise."""
     if text == "auto":
         return None
     parts: Iterable[str] = text.split("/")
     try:
         depth, width, nodes = (int(part) for part in parts)
     except ValueError:
-        raise SpecdecError("is not a tree", field="tree", value=text, allowed="auto or depth/top-k/nodes") from None
+        raise SpecdecError(
+            "is not a tree", field="tree", value=text, allowed="auto or depth/top-k/nodes"
+        ) from None
     if depth < 1 or width < 1 or not 2 <= nodes <= MAX_NODES:
-        raise SpecdecError("is out of range", field="tree", value=text,
-                           allowed=f"depth and top-k of at least 1, 2 to {MAX_NODES} nodes")  # fmt: skip
+        raise SpecdecError(
+            "is out of range",
+            field="tree",
+            value=text,
+            allowed=f"depth and top-k of at least 1, 2 to {MAX_NODES} nodes",
+        )
     return Shape(depth, width, nodes)

@@ -1,7 +1,7 @@
 """Tiny random transformers models of the architectures we promise, with their traps switched on.
 
-    build("mistral")            a model in float32, evaluation mode
-    save("mistral", tmp_path)   the same as a checkpoint directory (no tokenizer)
+`build("mistral")` is a model in float32, evaluation mode; `save("mistral", tmp_path)` the same as a
+checkpoint directory, with a tokenizer of ASCII characters.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -18,10 +20,10 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 VOCAB, HIDDEN, LAYERS, WINDOW = 128, 48, 8, 16
 COMMON: dict[str, Any] = {
@@ -39,6 +41,10 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 ADAPTER_ONLY = ("gemma2", "gpt2", "granite")
 
 
@@ -55,8 +61,8 @@ def config(arch: str) -> PretrainedConfig:
     if arch == "qwen3":
         return Qwen3Config(**COMMON)
     if arch == "gemma2":
-        return Gemma2Config(**COMMON, sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=5.0,
-                            final_logit_softcapping=3.0)  # fmt: skip
+        return Gemma2Config(**COMMON, sliding_window=WINDOW, query_pre_attn_scalar=8,
+                            attn_logit_softcapping=5.0, final_logit_softcapping=3.0)  # fmt: skip
     if arch == "granite":
         return GraniteConfig(**{k: v for k, v in COMMON.items() if k != "head_dim"}, logits_scaling=4.0,
                              embedding_multiplier=3.0, residual_multiplier=0.5)  # fmt: skip
@@ -67,7 +73,7 @@ def config(arch: str) -> PretrainedConfig:
 
 
 def build(arch: str, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights; biases and norm weights are random too, so that none can be forgotten unseen."""
+    """A model with random weights; biases and norm weights are random too: none can be forgotten unseen."""
     torch.manual_seed(seed)
     model: PreTrainedModel = Auto.from_config(config(arch), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +85,22 @@ def build(arch: str, seed: int = 0) -> PreTrainedModel:
 
 
 def save(arch: str, directory: Path, seed: int = 0) -> Path:
-    """A checkpoint directory under `directory`; returns its path."""
+    """A checkpoint directory under `directory`, with the tokenizer; returns its path."""
     path = directory / arch
     build(arch, seed).save_pretrained(path)
+    tokenizer().save_pretrained(path)
     return path
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, after <pad>, <s>, </s> and <unk>; a chat template of one line."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = [*special, "\n", *map(chr, range(32, 127))]
+    words += [f"<extra{i}>" for i in range(VOCAB - len(words))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>")  # fmt: skip
+    made.chat_template = CHAT
+    return made

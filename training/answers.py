@@ -31,8 +31,13 @@ class EngineAnswerer:
         self.stop_ids = frozenset(target.info.stop_ids)
         self.engine = Engine(target, NoDrafter(), Budget(None, PLAIN, adaptive=False), Limits(slots, length))
 
-    def answer(self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], seeds: Sequence[int],
-               max_tokens: int) -> Iterator[Answer]:  # fmt: skip
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        seeds: Sequence[int],
+        max_tokens: int,
+    ) -> Iterator[Answer]:
         """Each prompt's answer as soon as it is there. Raises SpecdecError when a request fails."""
         places = {}
         for index, (prompt, temperature, seed) in enumerate(zip(prompts, temperatures, seeds, strict=True)):

@@ -79,7 +79,8 @@ class TreeAttention(Protocol):
         """Work shared by all layers of one forward with one window: masks, spans, splits."""
         ...
 
-    def attend(self, query: Tensor, cache: KVCache, layer: int, plan: Any, scale: float, softcap: float | None = None
-               ) -> Tensor:  # fmt: skip
+    def attend(
+        self, query: Tensor, cache: KVCache, layer: int, plan: Any, scale: float, softcap: float | None = None
+    ) -> Tensor:
         """Attention of query [B, N, H, D] over rows that are already written. Returns [B, N, H, D]."""
         ...

@@ -39,7 +39,9 @@ class ReferenceAttention:
         b, n = rows.positions.shape
         if rows.index.spans is None:
             every = torch.arange(b, device=rows.slots.device)
-            return [_Part(slice(None), rows.slots, cache.length, self._mask(rows, every, cache.length, window))]
+            return [
+                _Part(slice(None), rows.slots, cache.length, self._mask(rows, every, cache.length, window))
+            ]
         totals = [start + n for _, start in rows.index.spans]
         slots = [slot for slot, _ in rows.index.spans]
         parts = []
@@ -75,8 +77,15 @@ class ReferenceAttention:
         at = tree[pick].gather(1, row.clamp(0, tree.shape[1] - 1))
         return torch.where(row < 0, column, at)[:, None]
 
-    def attend(self, query: Tensor, cache: KVCache, layer: int, plan: list[_Part], scale: float,
-               softcap: float | None = None) -> Tensor:  # fmt: skip
+    def attend(
+        self,
+        query: Tensor,
+        cache: KVCache,
+        layer: int,
+        plan: list[_Part],
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
         """query [B, N, H, D] -> [B, N, H, D]."""
         keys, values = cache.kv[layer, 0], cache.kv[layer, 1]
         if len(plan) == 1 and isinstance(plan[0].requests, slice):
@@ -109,17 +118,25 @@ def _compact(ids: list[int]) -> slice | Tensor:
     return slice(ids[0], ids[0] + len(ids)) if run else torch.tensor(ids)
 
 
-def _attend_part(query: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float,
-                 softcap: float | None) -> Tensor:  # fmt: skip
+def _attend_part(
+    query: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float, softcap: float | None
+) -> Tensor:
     lanes = slice(None, part.total)
-    return _product(query, keys[part.slots, :, lanes], values[part.slots, :, lanes], part.mask, scale, softcap)
+    return _product(
+        query, keys[part.slots, :, lanes], values[part.slots, :, lanes], part.mask, scale, softcap
+    )
 
 
-def _product(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,
-             softcap: float | None) -> Tensor:  # fmt: skip
+def _product(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     b, n, heads, d = query.shape
     groups = heads // keys.shape[1]
-    packed = query.view(b, n, keys.shape[1], groups, d).permute(0, 2, 3, 1, 4).reshape(b, keys.shape[1], groups * n, d)
+    packed = (
+        query.view(b, n, keys.shape[1], groups, d)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(b, keys.shape[1], groups * n, d)
+    )
     if mask is not None and groups > 1:
         mask = mask.repeat(1, 1, groups, 1)
     if softcap is None:

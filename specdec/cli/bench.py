@@ -21,13 +21,21 @@ examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    speed = kinds.add_parser("speed", help="tokens per second of every system on every prompt set", epilog=EXAMPLES,
-                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    speed = kinds.add_parser(
+        "speed",
+        help="tokens per second of every system on every prompt set",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_model(speed, draft=False)
     add_sampling(speed, max_tokens=128)
-    speed.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="prompt sets (jsonl)")
+    speed.add_argument(
+        "--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="prompt sets (jsonl)"
+    )
     speed.add_argument("--drafts", default="ngram,auto", help="drafters to compare, comma-separated")
-    speed.add_argument("--tree", default="auto", metavar="DEPTH/TOPK/NODES", help="fixed tree (default: budget)")
+    speed.add_argument(
+        "--tree", default="auto", metavar="DEPTH/TOPK/NODES", help="fixed tree (default: budget)"
+    )
     speed.add_argument("--limit", type=int, default=None, help="first prompts of each set")
     speed.add_argument("--repeats", type=int, default=1, help="runs per prompt; the median counts")
     speed.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")
@@ -38,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         from bench import speed
     except ImportError as error:
-        raise SpecdecError("is not installed here", field="bench", remedy="Run from a source checkout.") from error
+        raise SpecdecError(
+            "is not installed here", field="bench", remedy="Run from a source checkout."
+        ) from error
     from rich.console import Console
     from rich.progress import Progress
 
@@ -51,8 +61,17 @@ def run(args: argparse.Namespace) -> int:
             task = progress.add_task(name, total=steps)
             return lambda: progress.advance(task)
 
-        rows = speed.run(args.prompts, args.target, _names(args.drafts), options_of(args), sampling, limit=args.limit,
-                         repeats=args.repeats, with_transformers=not args.no_transformers, tick=tick)  # fmt: skip
+        rows = speed.run(
+            args.prompts,
+            args.target,
+            _names(args.drafts),
+            options_of(args),
+            sampling,
+            limit=args.limit,
+            repeats=args.repeats,
+            with_transformers=not args.no_transformers,
+            tick=tick,
+        )
     if args.json:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     else:
@@ -71,12 +90,28 @@ def table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     out = Table(title="tokens/s include prefill; intervals are 95% over prompts")
-    for column in ("set", "system", "tokens/s", "over plain", "over transformers", "tau", "alpha", "same tokens"):
+    for column in (
+        "set",
+        "system",
+        "tokens/s",
+        "over plain",
+        "over transformers",
+        "tau",
+        "alpha",
+        "same tokens",
+    ):
         out.add_column(column)
     for row in rows:
-        out.add_row(row["set"], row["system"], _with_ci(row, "tokens_per_second"), _with_ci(row, "over_plain"),
-                    _with_ci(row, "over_transformers"), str(row.get("tau", "")),
-                    " ".join(f"{a:.2f}" for a in row.get("alpha", [])), str(row.get("same_tokens_as_plain", "")))  # fmt: skip
+        out.add_row(
+            row["set"],
+            row["system"],
+            _with_ci(row, "tokens_per_second"),
+            _with_ci(row, "over_plain"),
+            _with_ci(row, "over_transformers"),
+            str(row.get("tau", "")),
+            " ".join(f"{a:.2f}" for a in row.get("alpha", [])),
+            str(row.get("same_tokens_as_plain", "")),
+        )
     return out
 
 

@@ -39,11 +39,14 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"[dim]{_switch(text, switches)}[/dim]")
             continue
         messages.append({"role": "user", "content": text})
-        answer = stream_answer(decoder, messages, sampling, "tree" if switches["tree"] else "text",
-                               speculate=switches["fast"])  # fmt: skip
+        answer = stream_answer(
+            decoder, messages, sampling, "tree" if switches["tree"] else "text", speculate=switches["fast"]
+        )
         messages.append({"role": "assistant", "content": answer.text})
         tau = f", tau {answer.counters.tau:.2f}" if answer.counters.rounds else ""
-        console.print(f"[dim]{len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f} tokens/s{tau}[/dim]")
+        console.print(
+            f"[dim]{len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f} tokens/s{tau}[/dim]"
+        )
     return 0
 
 

@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         console.rule(f"[bold]{prompt}")
         console.print("[dim]plain decoding[/dim]")
         base = stream_answer(plain, prompt, sampling, "text")
-        console.print(f"[dim]with {fast.engine.drafter.name}: accepted draft tokens are [/dim][green]green[/green]")
+        console.print(
+            f"[dim]with {fast.engine.drafter.name}: accepted draft tokens are [/dim][green]green[/green]"
+        )
         sys.stdout.flush()
         rows.append((prompt, base, stream_answer(fast, prompt, sampling, "tree")))
     console.print(_table(rows))
@@ -60,8 +62,11 @@ def _table(rows: list) -> object:  # type: ignore[type-arg]
         table.add_column(column)
     for prompt, base, answer in rows:
         table.add_row(
-            prompt[:40] + "…", f"{base.tokens_per_second:.1f}", f"{answer.tokens_per_second:.1f}",
-            f"{answer.tokens_per_second / base.tokens_per_second:.2f}x", f"{answer.counters.tau:.2f}",
+            prompt[:40] + "…",
+            f"{base.tokens_per_second:.1f}",
+            f"{answer.tokens_per_second:.1f}",
+            f"{answer.tokens_per_second / base.tokens_per_second:.2f}x",
+            f"{answer.counters.tau:.2f}",
             "yes" if base.token_ids == answer.token_ids else "NO",
-        )  # fmt: skip
+        )
     return table

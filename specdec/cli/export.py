@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace) -> None:
     from specdec.head.checkpoint import load_head
-    from specdec.head.export import save_raw, save_speculators
-    from specdec.head.export import TargetNames
+    from specdec.head.export import TargetNames, save_raw, save_speculators
     from specdec.target.names import describe
 
     head = load_head(args.head, taps=taps_of(args.taps))

@@ -35,7 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="jsonl of prompts")
     parser.add_argument("--plain", action="store_true", help="the baseline: the same loop without drafting")
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
-    parser.add_argument("--show-tree", action="store_true", help="colour accepted draft tokens as they appear")
+    parser.add_argument(
+        "--show-tree", action="store_true", help="colour accepted draft tokens as they appear"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on stdout")
 
 
@@ -63,11 +65,15 @@ def _dialogues(args: argparse.Namespace) -> Iterator[Dialogue]:
         return
     text = args.prompt if args.prompt is not None else read_stdin()
     if not text:
-        raise RequestError("is empty", field="prompt", remedy="Give -p TEXT, --prompts FILE or text on stdin.")
+        raise RequestError(
+            "is empty", field="prompt", remedy="Give -p TEXT, --prompts FILE or text on stdin."
+        )
     yield Dialogue("0", (), (text,))
 
 
-def _answers(decoder: Any, dialogue: Dialogue, sampling: Sampling, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _answers(
+    decoder: Any, dialogue: Dialogue, sampling: Sampling, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Answer the turns one after another, each with the history before it."""
     from specdec.cli.session import stream_answer
 
@@ -81,8 +87,13 @@ def _answers(decoder: Any, dialogue: Dialogue, sampling: Sampling, args: argpars
             sys.stderr.write(f"specdec generate: {dialogue.id}: {answer.error}\n")
         messages.append({"role": "assistant", "content": answer.text})
         yield {
-            "id": dialogue.id, "turn": turn, "text": answer.text, "token_ids": list(answer.token_ids),
-            "finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens, "stats": answer.stats(),
-        }  # fmt: skip
+            "id": dialogue.id,
+            "turn": turn,
+            "text": answer.text,
+            "token_ids": list(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "stats": answer.stats(),
+        }
         if answer.finish_reason == "cancelled":
             return

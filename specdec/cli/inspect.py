@@ -52,12 +52,20 @@ def _head_path(target: str, draft: str) -> Path | None:
 def _target(decoder: Any) -> dict[str, Any]:
     info, engine = decoder.engine.target.info, decoder.engine
     return {
-        "name": info.name, "architecture": info.architecture, "backend": type(engine.target).__name__,
-        "layers": info.layers, "hidden": info.hidden, "vocab": info.vocab, "max_length": info.max_length,
-        "dtype": str(info.dtype).removeprefix("torch."), "device": str(info.device), "stop_ids": list(info.stop_ids),
-        "kv_bytes_per_token": info.cache.row_bytes(), "fingerprint": info.fingerprint,
+        "name": info.name,
+        "architecture": info.architecture,
+        "backend": type(engine.target).__name__,
+        "layers": info.layers,
+        "hidden": info.hidden,
+        "vocab": info.vocab,
+        "max_length": info.max_length,
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "device": str(info.device),
+        "stop_ids": list(info.stop_ids),
+        "kv_bytes_per_token": info.cache.row_bytes(),
+        "fingerprint": info.fingerprint,
         "directory": str(decoder.loaded.files.directory),
-    }  # fmt: skip
+    }
 
 
 def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[str, Any], bool]:
@@ -71,10 +79,20 @@ def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[
 
     info = decoder.engine.target.info
     head = load_head(path, taps=taps, target_layers=info.layers)
-    facts = {"path": str(path), **asdict(head.config), "parameters": sum(p.numel() for p in head.parameters())}
+    facts = {
+        "path": str(path),
+        **asdict(head.config),
+        "parameters": sum(p.numel() for p in head.parameters()),
+    }
     try:
-        check_match(head.config, vocab=info.vocab, hidden=info.hidden, layers=info.layers,
-                    fingerprint=info.fingerprint, name=info.name)  # fmt: skip
+        check_match(
+            head.config,
+            vocab=info.vocab,
+            hidden=info.hidden,
+            layers=info.layers,
+            fingerprint=info.fingerprint,
+            name=info.name,
+        )
         facts["match"] = "yes"
     except MismatchError as error:
         facts["match"] = f"no: {error}"

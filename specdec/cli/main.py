@@ -37,8 +37,12 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"specdec {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
-        sub = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".",
-                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary.capitalize() + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == verb:
             importlib.import_module(f"specdec.cli.{name}").add_options(sub)
     return top

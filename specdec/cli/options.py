@@ -12,50 +12,84 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
     """TARGET, --dtype, --device, --max-length, --backend and, with `draft`, --draft, --tree, --taps."""
-    parser.add_argument("target", nargs="?", default="smollm2-135m",
-                        help="name, directory, .gguf file or Hub id (default: smollm2-135m)")  # fmt: skip
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="weights; auto measures what is fastest")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        default="smollm2-135m",
+        help="name, directory, .gguf file or Hub id (default: smollm2-135m)",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="weights; auto measures what is fastest"
+    )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--max-length", type=int, default=None, help="context length")
-    parser.add_argument("--backend", default="auto", choices=("auto", "lean", "adapter"),
-                        help="our own decoder or transformers (default: by self-test)")  # fmt: skip
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "lean", "adapter"),
+        help="our own decoder or transformers (default: by self-test)",
+    )
     if draft:
-        parser.add_argument("--draft", default="auto", metavar="none|ngram|PATH",
-                            help="who drafts (default: the shipped head, else ngram)")  # fmt: skip
-        parser.add_argument("--tree", default="auto", metavar="DEPTH/TOPK/NODES",
-                            help="a fixed tree such as 7/10/60 (default: measured budget)")  # fmt: skip
-        parser.add_argument("--taps", default=None, metavar="I,J,K",
-                            help="layer-input ids, for heads whose checkpoint names none")  # fmt: skip
+        parser.add_argument(
+            "--draft",
+            default="auto",
+            metavar="none|ngram|PATH",
+            help="who drafts (default: the shipped head, else ngram)",
+        )
+        parser.add_argument(
+            "--tree",
+            default="auto",
+            metavar="DEPTH/TOPK/NODES",
+            help="a fixed tree such as 7/10/60 (default: measured budget)",
+        )
+        parser.add_argument(
+            "--taps",
+            default=None,
+            metavar="I,J,K",
+            help="layer-input ids, for heads whose checkpoint names none",
+        )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:
     """--temperature and its family; defaults are the library's."""
     defaults = Sampling()
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default)")
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, help="0 is greedy (default)"
+    )
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 keeps all")
     parser.add_argument("--min-p", type=float, default=defaults.min_p)
     parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty)
     parser.add_argument("--max-tokens", type=int, default=max_tokens or defaults.max_tokens)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)"
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """The settings the flags ask for. Raises RequestError naming the one that is out of range."""
     return Sampling(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty, max_tokens=args.max_tokens, seed=args.seed,
-        stop=tuple(args.stop), ignore_eos=args.ignore_eos,
-    )  # fmt: skip
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
 
 
 def taps_of(text: str | None) -> tuple[int, ...] | None:
-    """"2,15,27" -> (2, 15, 27)."""
+    """ "2,15,27" -> (2, 15, 27)."""
     if text is None:
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise SpecdecError("wants whole numbers", field="taps", value=text, allowed="such as 2,15,27") from None
+        raise SpecdecError(
+            "wants whole numbers", field="taps", value=text, allowed="such as 2,15,27"
+        ) from None

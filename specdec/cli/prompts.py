@@ -60,11 +60,18 @@ def _texts(value: Any, where: str, key: str) -> Iterator[str]:
 
 
 def _from_messages(name: str, messages: Any, where: str, category: str) -> Dialogue:
-    good = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )  # fmt: skip
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    )
     if not good or messages[-1]["role"] != "user":
-        raise RequestError("wants role and content, a user message last", field=f"{where} messages", value=messages)
+        raise RequestError(
+            "wants role and content, a user message last", field=f"{where} messages", value=messages
+        )
     return Dialogue(name, tuple(messages[:-1]), (messages[-1]["content"],), category)
 
 

@@ -19,8 +19,15 @@ def options_of(args: argparse.Namespace, *, taps: tuple[int, ...] | None = None,
     """Library options from the shared flags."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     tree = parse_tree(getattr(args, "tree", "auto"))
-    return Options(dtype=dtype, device=args.device, slots=slots, max_length=args.max_length, tree=tree,
-                   backend=args.backend, taps=taps)  # fmt: skip
+    return Options(
+        dtype=dtype,
+        device=args.device,
+        slots=slots,
+        max_length=args.max_length,
+        tree=tree,
+        backend=args.backend,
+        taps=taps,
+    )
 
 
 def open_decoder(args: argparse.Namespace, *, draft: str, taps: tuple[int, ...] | None = None) -> SpecDecoder:
@@ -39,8 +46,15 @@ def open_decoder(args: argparse.Namespace, *, draft: str, taps: tuple[int, ...] 
     return decoder
 
 
-def stream_answer(decoder: SpecDecoder, prompt: Any, sampling: Sampling, show: str | None, *, chat: bool = True,
-                  speculate: bool = True) -> Answer:  # fmt: skip
+def stream_answer(
+    decoder: SpecDecoder,
+    prompt: Any,
+    sampling: Sampling,
+    show: str | None,
+    *,
+    chat: bool = True,
+    speculate: bool = True,
+) -> Answer:
     """One answer; `show` streams "text" or "tree" (accepted drafts green) to stdout.
 
     Ctrl-C ends the answer: what came so far is kept and the finish reason is "cancelled".

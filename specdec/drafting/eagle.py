@@ -50,8 +50,14 @@ class EagleDrafter:
 
     name = "eagle"
 
-    def __init__(self, head: DraftHead, embed: Callable[[Tensor], Tensor], attention: TreeAttention, slots: int,
-                 length: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        head: DraftHead,
+        embed: Callable[[Tensor], Tensor],
+        attention: TreeAttention,
+        slots: int,
+        length: int,
+    ) -> None:
         self.head, self.embed, self.attention = head, embed, attention
         self.taps = head.config.taps
         self.cache = KVCache(head.cache_shape(), slots, length + MAX_NODES + TOGETHER)
@@ -74,7 +80,9 @@ class EagleDrafter:
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
         """Queue the accepted nodes' true features with the tokens that followed them."""
-        for row, (slot, count) in enumerate(zip(context.slots.tolist(), verdict.counts.tolist(), strict=True)):
+        for row, (slot, count) in enumerate(
+            zip(context.slots.tolist(), verdict.counts.tolist(), strict=True)
+        ):
             lane = self.lanes[slot]
             assert lane.features is not None and lane.tokens is not None, "observed before admitted"
             lane.features.append(features[row, verdict.kept[row, :count]])
@@ -146,7 +154,9 @@ class EagleDrafter:
         for start in range(0, len(tokens), CHUNK):
             part = tokens[None, start : start + CHUNK]
             rows = chunk_rows(where, torch.tensor([lane.rows], device=tokens.device), part.shape[1])
-            y = self._forward(part, self.head.fuse(features[None, start : start + CHUNK].to(self.head.dtype)), rows)
+            y = self._forward(
+                part, self.head.fuse(features[None, start : start + CHUNK].to(self.head.dtype)), rows
+            )
             lane.rows += part.shape[1]
         self.last[slot] = y[0, -1]
 
@@ -230,4 +240,6 @@ class _Growth:
             nodes = min(nodes, 1 + int(worth.max()))
         if nodes == 1:
             return trees.root_only(roots)
-        return trees.rerank(roots, torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1), scores, nodes)
+        return trees.rerank(
+            roots, torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1), scores, nodes
+        )

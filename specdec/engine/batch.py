@@ -35,7 +35,9 @@ class Batch:
     @staticmethod
     def of(requests: Sequence[Request], vocab: int, device: torch.device) -> Batch:
         """Gather running requests. Sampling tensors are small and made anew each round."""
-        columns = torch.tensor([(r.slot, r.root, r.length) for r in requests], dtype=torch.int64, device=device)
+        columns = torch.tensor(
+            [(r.slot, r.root, r.length) for r in requests], dtype=torch.int64, device=device
+        )
         sampling = BatchSampling.of([r.sampling for r in requests], vocab, device)
         context = Context(columns[:, 0], columns[:, 1], columns[:, 2])
         seen = count_seen(requests, vocab, device, root=True) if sampling.penalties is not None else None
@@ -63,7 +65,9 @@ def count_seen(requests: Sequence[Request], vocab: int, device: torch.device, *,
             continue
         prompt[row] = torch.bincount(torch.tensor(request.prompt), minlength=vocab)[:vocab]
         if root:
-            output[row] = torch.bincount(torch.tensor(request.output[:-1], dtype=torch.int64), minlength=vocab)[:vocab]
+            output[row] = torch.bincount(
+                torch.tensor(request.output[:-1], dtype=torch.int64), minlength=vocab
+            )[:vocab]
         else:
             output[row, request.prompt[-1]] = -1
     return Seen(prompt.to(device), output.to(device))

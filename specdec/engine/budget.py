@@ -50,16 +50,22 @@ class CostTable:
         return max((row[most] - row[1]) / max(most - 1, 1), 1e-6)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"verify": {b: dict(row) for b, row in self.verify.items()}, "level": dict(self.level),
-                "extend": dict(self.extend)}  # fmt: skip
+        return {
+            "verify": {b: dict(row) for b, row in self.verify.items()},
+            "level": dict(self.level),
+            "extend": dict(self.extend),
+        }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CostTable:
         def keys(row: Mapping[str, Any]) -> dict[int, float]:
             return {int(k): float(v) for k, v in row.items()}
 
-        return CostTable({int(b): keys(row) for b, row in data["verify"].items()}, keys(data["level"]),
-                         keys(data["extend"]))  # fmt: skip
+        return CostTable(
+            {int(b): keys(row) for b, row in data["verify"].items()},
+            keys(data["level"]),
+            keys(data["extend"]),
+        )
 
 
 def _between(table: Mapping[int, Any], at: int, value: Callable[[Any], float]) -> float:
@@ -138,7 +144,9 @@ class Budget:
         if trial.rounds < TRIAL:
             return
         if trial.tokens / trial.ms < batch / self.costs.verify_ms(batch, 1):
-            self.trials[_bucket(batch)] = _Trial(paused=trial.pause, pause=min(2 * trial.pause, LONGEST_PAUSE))
+            self.trials[_bucket(batch)] = _Trial(
+                paused=trial.pause, pause=min(2 * trial.pause, LONGEST_PAUSE)
+            )
         elif trial.rounds > 4 * TRIAL:
             trial.pause = SHORTEST_PAUSE
 

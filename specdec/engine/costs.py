@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def measure(target: Target, drafter: Drafter, cache: KVCache) -> CostTable:
     for b in batches:
         cells = [n for n in NODES if n == 1 or b * n <= MOST_ROWS]
         verify[b] = {n: _verify_ms(target, cache, b, n, prefix, drafter.taps) for n in cells}
-        for low, high in zip(cells, cells[1:], strict=False):  # noise must not make more nodes look cheaper
+        for low, high in pairwise(cells):  # noise must not make more nodes look cheaper
             verify[b][high] = max(verify[b][high], verify[b][low])
     if not isinstance(drafter, EagleDrafter):
         return CostTable(verify, {}, {})
@@ -121,8 +122,23 @@ def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path
 
 def _key(target: Target, drafter: Drafter, cache: KVCache) -> str:
     info = target.info
-    device = torch.cuda.get_device_name() if info.device.type == "cuda" else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if info.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     head = drafter.head.config if isinstance(drafter, EagleDrafter) else ()
-    parts = (platform.node(), device, os.cpu_count(), torch.get_num_threads(), torch.__version__, type(target).__name__,
-             info.fingerprint, str(info.dtype), cache.slots, drafter.name, str(head))  # fmt: skip
+    parts = (
+        platform.node(),
+        device,
+        os.cpu_count(),
+        torch.get_num_threads(),
+        torch.__version__,
+        type(target).__name__,
+        info.fingerprint,
+        str(info.dtype),
+        cache.slots,
+        drafter.name,
+        str(head),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

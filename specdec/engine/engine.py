@@ -122,7 +122,9 @@ class Engine:
         except Exception as error:
             if len(running) == 1:
                 return [self._end(running[0], "error", str(error))]
-            return [piece for request in running for piece in self._round([request])]  # find the culprit alone
+            return [
+                piece for request in running for piece in self._round([request])
+            ]  # find the culprit alone
         emitted = int(outcome.verdict.counts.sum())
         levels = int(outcome.tree.depths.max())
         self.budget.note(shape, len(running), outcome.tree.nodes, levels, emitted)
@@ -152,8 +154,13 @@ class Engine:
         _add_seconds(self.counters, outcome)
         return pieces
 
-    def _hand_out(self, request: Request, tokens: Sequence[int], drafted: Sequence[bool],
-                  logprobs: Sequence[TokenLogprob]) -> Piece:  # fmt: skip
+    def _hand_out(
+        self,
+        request: Request,
+        tokens: Sequence[int],
+        drafted: Sequence[bool],
+        logprobs: Sequence[TokenLogprob],
+    ) -> Piece:
         if request.first_token is None:
             request.first_token = time.perf_counter()
         kept = request.emit(tokens)
@@ -165,8 +172,15 @@ class Engine:
         text = request.text.release() if request.text else ""
         return Piece(request.id, tuple(kept), tuple(drafted[: len(kept)]), text)
 
-    def _end(self, request: Request, finish: Finish, error: str | None = None, *, tokens: Sequence[int] = (),
-             drafted: Sequence[bool] = ()) -> Piece:  # fmt: skip
+    def _end(
+        self,
+        request: Request,
+        finish: Finish,
+        error: str | None = None,
+        *,
+        tokens: Sequence[int] = (),
+        drafted: Sequence[bool] = (),
+    ) -> Piece:
         """Close a request and free its slot."""
         request.finish, request.finished = finish, time.perf_counter()
         if request.slot >= 0:
@@ -204,14 +218,27 @@ def check_request(request: Request, length: int, vocab: int) -> None:
     if prompt == 0:
         raise RequestError("is empty", field="prompt", remedy="Give at least one token.")
     if prompt >= length:
-        raise RequestError("is longer than the context", field="prompt", value=f"{prompt} tokens",
-                           allowed=f"at most {length - 1}", remedy="Shorten it or raise max_length.")  # fmt: skip
+        raise RequestError(
+            "is longer than the context",
+            field="prompt",
+            value=f"{prompt} tokens",
+            allowed=f"at most {length - 1}",
+            remedy="Shorten it or raise max_length.",
+        )
     if prompt + wanted > length:
-        raise RequestError("reaches past the context", field="max_tokens", value=wanted,
-                           allowed=f"at most {length - prompt} after a prompt of {prompt} tokens")  # fmt: skip
+        raise RequestError(
+            "reaches past the context",
+            field="max_tokens",
+            value=wanted,
+            allowed=f"at most {length - prompt} after a prompt of {prompt} tokens",
+        )
     if not all(0 <= token < vocab for token in request.prompt):
         raise RequestError("holds ids outside the vocabulary", field="prompt", allowed=f"0 to {vocab - 1}")
     for token in request.sampling.logit_bias:
         if token >= vocab:
-            raise RequestError("names a token outside the vocabulary", field="logit_bias", value=token,
-                               allowed=f"ids below {vocab}")  # fmt: skip
+            raise RequestError(
+                "names a token outside the vocabulary",
+                field="logit_bias",
+                value=token,
+                allowed=f"ids below {vocab}",
+            )

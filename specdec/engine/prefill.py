@@ -45,7 +45,9 @@ class Prefill:
         device = self.target.info.device
         tokens = torch.tensor([request.prompt[start:stop]], dtype=torch.int64, device=device)
         slot, length = (torch.tensor([x], device=device) for x in (request.slot, start))
-        states = self.target.forward(tokens, chunk_rows(slot, length, stop - start), self.cache, self.drafter.taps)
+        states = self.target.forward(
+            tokens, chunk_rows(slot, length, stop - start), self.cache, self.drafter.taps
+        )
         request.prefilled = stop
         request.features.append(states.features[0])
         self.held[request.slot] = request.prompt[:stop]

@@ -112,9 +112,7 @@ class Request:
         for token in tokens:
             self.output.append(token)
             kept.append(token)
-            if token in self.stop_ids:
-                self.finish = "stop"
-            elif self.text is not None and self.text.push(token):
+            if token in self.stop_ids or (self.text is not None and self.text.push(token)):
                 self.finish = "stop"
             elif len(self.output) >= self.sampling.max_tokens:
                 self.finish = "length"

@@ -49,7 +49,9 @@ class Rounds:
         started = time.perf_counter()
         tree = self.drafter.propose(c, shape)
         drafted = time.perf_counter()
-        states = self.target.forward(tree.tokens, tree_rows(c.slots, c.lengths, tree), self.cache, self.drafter.taps)
+        states = self.target.forward(
+            tree.tokens, tree_rows(c.slots, c.lengths, tree), self.cache, self.drafter.taps
+        )
         logits = self.target.logits(states.final)
         verified = time.perf_counter()
         processed = process(logits, tree, batch.sampling, batch.seen, _allowed(batch, tree, logits))
@@ -58,8 +60,16 @@ class Rounds:
         self.cache.keep(c.slots, c.lengths, verdict.kept)
         self.drafter.observe(c, states.features, verdict)
         accepted = time.perf_counter()
-        return Outcome(tree, logits, states.features, chosen, verdict, drafted - started, verified - drafted,
-                       accepted - verified)  # fmt: skip
+        return Outcome(
+            tree,
+            logits,
+            states.features,
+            chosen,
+            verdict,
+            drafted - started,
+            verified - drafted,
+            accepted - verified,
+        )
 
 
 def _allowed(batch: Batch, tree: DraftTree, logits: Tensor) -> Tensor | None:

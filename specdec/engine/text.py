@@ -44,7 +44,9 @@ class TextStream:
         return self._stop(searched)
 
     def _stop(self, searched: int) -> bool:
-        cuts = [at for stop in self.stops if (at := self.text.find(stop, max(0, searched - len(stop) + 1))) >= 0]
+        cuts = [
+            at for stop in self.stops if (at := self.text.find(stop, max(0, searched - len(stop) + 1))) >= 0
+        ]
         if cuts:
             self.text = self.text[: min(cuts)]
         return bool(cuts)
@@ -63,6 +65,11 @@ class TextStream:
     def _held(self) -> int:
         """Length of the longest tail that could begin a stop string."""
         return max(
-            (n for stop in self.stops for n in range(1, min(len(stop), len(self.text) + 1)) if self.text.endswith(stop[:n])),
+            (
+                n
+                for stop in self.stops
+                for n in range(1, min(len(stop), len(self.text) + 1))
+                if self.text.endswith(stop[:n])
+            ),
             default=0,
         )

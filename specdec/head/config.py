@@ -52,30 +52,58 @@ class HeadConfig:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "target_hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab",
-                     "draft_vocab", "max_length"):  # fmt: skip
+        for name in (
+            "hidden",
+            "target_hidden",
+            "intermediate",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "vocab",
+            "draft_vocab",
+            "max_length",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SpecdecError("must be a positive whole number", field=name, value=value)
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
-            raise SpecdecError("must be distinct layer ids in rising order", field="taps", value=self.taps,
-                               remedy="Taps are layer-input ids: k is the state entering layer k.")  # fmt: skip
+            raise SpecdecError(
+                "must be distinct layer ids in rising order",
+                field="taps",
+                value=self.taps,
+                remedy="Taps are layer-input ids: k is the state entering layer k.",
+            )
         if self.heads % self.kv_heads:
-            raise SpecdecError("must divide the attention heads", field="kv_heads", value=self.kv_heads,
-                               allowed=f"a divisor of {self.heads}")  # fmt: skip
+            raise SpecdecError(
+                "must divide the attention heads",
+                field="kv_heads",
+                value=self.kv_heads,
+                allowed=f"a divisor of {self.heads}",
+            )
         if self.draft_vocab > self.vocab:
-            raise SpecdecError("is larger than the target's vocabulary", field="draft_vocab",
-                               value=self.draft_vocab, allowed=f"<= {self.vocab}")  # fmt: skip
+            raise SpecdecError(
+                "is larger than the target's vocabulary",
+                field="draft_vocab",
+                value=self.draft_vocab,
+                allowed=f"<= {self.vocab}",
+            )
         if self.fc_norm and self.norm_before_fc:
             raise SpecdecError("excludes norm_before_fc", field="fc_norm", value=True)
         if not (math.isfinite(self.eps) and self.eps > 0 and self.theta > 0):
-            raise SpecdecError("eps and theta must be positive", field="eps, theta", value=(self.eps, self.theta))
+            raise SpecdecError(
+                "eps and theta must be positive", field="eps, theta", value=(self.eps, self.theta)
+            )
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
     """EAGLE-3's choice: inputs of layers 2, n // 2 and n - 3. Raises SpecdecError when they collapse (n < 7)."""
     taps = (2, layers // 2, layers - 3)
     if len(set(taps)) != 3 or sorted(taps) != list(taps):
-        raise SpecdecError("too few layers for the default taps", field="taps", value=taps,
-                           allowed=f"distinct rising ids up to {layers}", remedy="Name the taps.")  # fmt: skip
+        raise SpecdecError(
+            "too few layers for the default taps",
+            field="taps",
+            value=taps,
+            allowed=f"distinct rising ids up to {layers}",
+            remedy="Name the taps.",
+        )
     return taps

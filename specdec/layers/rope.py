@@ -31,8 +31,9 @@ def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None =
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     kind = str((scaling or {}).get("rope_type", (scaling or {}).get("type", "default")))
     if kind not in SCALINGS:
-        raise UnsupportedError("unknown rope scaling", field="rope_scaling.rope_type", value=kind,
-                               allowed=", ".join(SCALINGS))  # fmt: skip
+        raise UnsupportedError(
+            "unknown rope scaling", field="rope_scaling.rope_type", value=kind, allowed=", ".join(SCALINGS)
+        )
     if scaling is None or kind == "default":
         return inverse
     factor = float(scaling["factor"])

@@ -1,7 +1,7 @@
 """HFTarget: any transformers causal LM as a target, through its attention interface and a cache of our own.
 
-Slower per layer than the lean decoder, but general, and the oracle that tests it. Nothing about a family is taken on
-trust: sizes are probed, logits are compared with the model's own at load, trees by the self-test.
+Slower per layer than the lean decoder, but general, and the oracle that tests it. Nothing about a family is
+taken on trust: sizes are probed, logits are compared with the model's own at load, trees by the self-test.
 Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
 """
 
@@ -31,6 +31,10 @@ from specdec.target.protocol import States, TargetInfo
 from specdec.target.selftest import TOLERANCE
 from specdec.target.weights import check_finite
 
+Report = Mapping[str, Any]
+"""What transformers says about a load: names by kind of trouble."""
+
+WRONG = {"missing_keys": "lacks", "unexpected_keys": "has unexpected", "mismatched_keys": "has mis-shaped"}
 CHECKED_ROWS = 10  # tokens of the forward that is compared with the model's own
 
 
@@ -62,7 +66,8 @@ class HFTarget:
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """See `Target.forward`."""
         tapped: dict[int, Tensor] = {}
-        with bridge.flying(bridge.Pass(rows, cache, self.attention)), _tapping(self._parts.layers, taps, tapped):
+        running = bridge.Pass(rows, cache, self.attention)
+        with bridge.flying(running), _tapping(self._parts.layers, taps, tapped):
             final = self._parts.base(
                 input_ids=tokens, position_ids=rows.positions, past_key_values=self._cache, use_cache=True
             ).last_hidden_state
@@ -92,15 +97,16 @@ class HFTarget:
 def parts_of(model: PreTrainedModel) -> Parts:
     """Raises UnsupportedError for a model without a list of layers or an LM head."""
     _, layers = anatomy.decoder_layers(model)
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedError("has no LM head", field=anatomy.architecture(model))
-    return Parts(model.base_model, layers, model.get_input_embeddings().weight, head)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers
+    embedding = model.get_input_embeddings().weight
+    if head is None or not isinstance(embedding, Tensor):
+        raise UnsupportedError("has no LM head or token embedding", field=anatomy.architecture(model))
+    return Parts(model.base_model, layers, embedding, head)
 
 
 @contextlib.contextmanager
 def _tapping(layers: nn.ModuleList, taps: tuple[int, ...], into: dict[int, Tensor]) -> Iterator[None]:
-    """Record the residual stream entering each tapped layer; tap `len(layers)` is what leaves the last one."""
+    """Record the residual stream entering each tapped layer; tap `len(layers)` is what leaves the last."""
 
     def entering(tap: int) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,7 +117,8 @@ def _tapping(layers: nn.ModuleList, taps: tuple[int, ...], into: dict[int, Tenso
     def leaving(_: nn.Module, __: Any, output: Any) -> None:
         into[len(layers)] = output if isinstance(output, Tensor) else output[0]
 
-    hooks = [layers[k].register_forward_pre_hook(entering(k), with_kwargs=True) for k in taps if k < len(layers)]
+    inner = [k for k in taps if k < len(layers)]
+    hooks = [layers[k].register_forward_pre_hook(entering(k), with_kwargs=True) for k in inner]
     if len(layers) in taps:
         hooks.append(layers[-1].register_forward_hook(leaving))
     try:
@@ -147,9 +154,10 @@ def load_adapter(name: str, directory: Path, stop_ids: tuple[int, ...], dtype: t
     return adapt(model, name, stop_ids)
 
 
-def _from_pretrained(directory: Path, dtype: torch.dtype, device_map: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(directory: Path, dtype: torch.dtype, device_map: Any) -> tuple[PreTrainedModel, Report]:
+    load: Any = AutoModelForCausalLM.from_pretrained  # annotated without the report it returns on request
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = load(
             directory, dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True
         )
     except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -161,13 +169,14 @@ def _from_pretrained(directory: Path, dtype: torch.dtype, device_map: Any) -> tu
     return model, report
 
 
-def _check_report(report: Mapping[str, Any]) -> None:
-    for key, wrong in (("missing_keys", "lacks"), ("unexpected_keys", "holds unexpected"),
-                       ("mismatched_keys", "holds mis-shaped")):  # fmt: skip
+def _check_report(report: Report) -> None:
+    for key, wrong in WRONG.items():
         names = sorted(map(str, report.get(key) or ()))
         if names:
-            raise CheckpointError(f"the checkpoint {wrong} tensors", field="weights", value=", ".join(names[:4]),
-                                  remedy="Is the download complete, and config.json of this model?")  # fmt: skip
+            raise CheckpointError(
+                f"the checkpoint {wrong} tensors", field="weights", value=", ".join(names[:4]),
+                remedy="Is the download complete, and config.json of this model?",
+            )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -178,10 +187,10 @@ def adapt(model: PreTrainedModel, name: str, stop_ids: tuple[int, ...] = ()) -> 
         UnsupportedError: naming the architecture and what it lacks, or how far its logits are off.
     """
     anatomy.refuse_known(model)
-    model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
     vocab = int(anatomy.text_config(model).vocab_size)
     tokens = torch.randint(vocab, (1, CHECKED_ROWS), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    tokens = tokens.to(parts_of(model).embedding.device)
     own = model(input_ids=tokens, use_cache=False).logits.float()
     bridge.register()
     model.set_attn_implementation(bridge.NAME)
@@ -199,7 +208,8 @@ def _probe(model: PreTrainedModel, tokens: Tensor) -> bridge.Probe:
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     try:
         with bridge.flying(probe):
-            base(input_ids=tokens, position_ids=positions, past_key_values=bridge.spec_cache(layers), use_cache=True)
+            cache = bridge.spec_cache(layers)
+            base(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
     except SpecdecError as error:
         raise UnsupportedError(f"cannot verify trees: {error}", field=architecture) from error
     except Exception as error:  # whatever a foreign model trips over is a reason to refuse it, by name
@@ -213,12 +223,12 @@ def _check_probe(probe: bridge.Probe, model: PreTrainedModel, layers: int) -> No
     architecture = anatomy.architecture(model)
     if not probe.heads or len(probe.calls) != layers:
         raise UnsupportedError(
-            "cannot verify trees: only some layers go through the attention interface and cache of transformers",
+            "cannot verify trees: some layers bypass the attention interface or the cache of transformers",
             field=architecture, value=f"{len(probe.calls)} of {layers} layers",
         )  # fmt: skip
     slides = anatomy.layer_windows(anatomy.text_config(model), layers)
     if slides is not None and slides != [call.window is not None for call in probe.calls]:
-        raise UnsupportedError("cannot verify trees: its layers do not pass their sliding window to attention",
+        raise UnsupportedError("cannot verify trees: its layers do not tell attention their sliding window",
                                field=architecture)  # fmt: skip
 
 
@@ -250,8 +260,8 @@ def _matching(model: PreTrainedModel, info: TargetInfo, tokens: Tensor, own: Ten
     for label, readout in anatomy.readouts(anatomy.text_config(model)).items():
         target = HFTarget(model, info, readout)
         final = target.forward(tokens, chunk_rows(slot, slot, tokens.shape[1]), cache, ()).final
-        difference = (target.logits(final).float() - own.to(final.device)).abs().max() / own.abs().max().clamp(min=1e-6)
-        differences[label] = float(difference)
+        apart = (target.logits(final).float() - own.to(final.device)).abs().max()
+        differences[label] = float(apart / own.abs().max().clamp(min=1e-6))
     best = min(differences, key=differences.__getitem__)
     if not differences[best] <= TOLERANCE.get(info.dtype, TOLERANCE[torch.float32]):
         raise UnsupportedError(

@@ -18,13 +18,13 @@ Readout = Callable[[Tensor], Tensor]
 """What a family does to the product of final state and LM head."""
 
 RECURRENT = ("linear", "conv", "mamba", "hybrid", "recurrent")
-OTHER_KINDS = {"chunked": "chunked attention", "indexed": "sparse attention", "compressed": "compressed attention"}
+OTHERS = {"chunked": "chunked attention", "indexed": "sparse attention", "compressed": "compressed attention"}
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The config of the language model, also of one that sees or hears."""
-    return model.config.get_text_config(decoder=True)  # type: ignore[no-any-return]
+    return model.config.get_text_config(decoder=True)
 
 
 def architecture(model: PreTrainedModel) -> str:
@@ -32,7 +32,7 @@ def architecture(model: PreTrainedModel) -> str:
 
 
 def refuse_known(model: PreTrainedModel) -> None:
-    """Raises UnsupportedError naming the architecture and what keeps it from verifying trees, as far as configs tell."""
+    """Raises UnsupportedError naming the architecture and what keeps it from trees, as far as it tells."""
     lacks = _shortcoming(model)
     if lacks:
         raise UnsupportedError(f"cannot verify trees: {lacks}", field=architecture(model),
@@ -45,8 +45,9 @@ def _shortcoming(model: PreTrainedModel) -> str | None:
     kinds = sorted(set(getattr(text_config(model), "layer_types", None) or ()))
     recurrent = [kind for kind in kinds if any(word in kind for word in RECURRENT)]
     if recurrent or model._is_stateful:
-        return f"it has recurrent layers ({', '.join(recurrent) or 'stateful'}), whose state cannot be rolled back"
-    for word, meaning in OTHER_KINDS.items():
+        named = ", ".join(recurrent) or "stateful"
+        return f"it has recurrent layers ({named}), whose state cannot be rolled back"
+    for word, meaning in OTHERS.items():
         if any(word in kind for kind in kinds):
             return f"it uses {meaning}"
     if not model._can_set_attn_implementation():

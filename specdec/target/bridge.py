@@ -1,7 +1,7 @@
-"""What transformers' layers meet during one of our forwards: a cache layer that stores rows, and an attention function.
+"""What transformers' layers meet in our forwards: a cache layer that stores rows, and an attention function.
 
-Extra keyword arguments do not reach attention in every family, so the forward in flight is a context variable. Knows
-tensors as layers hand them over ([B, heads, N, D]); it knows no architecture.
+Extra keyword arguments do not reach attention in every family: the forward in flight is a context variable.
+Knows tensors as layers hand them over ([B, heads, N, D]); it knows no architecture.
 Dimension legend: B requests, H query heads, K key-value heads, N rows, D head size.
 """
 
@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, Cache
@@ -123,20 +122,22 @@ class Probe:
         return query.new_zeros(b, n, h, values.shape[-1])
 
 
-class SpecLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
+class SpecLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers
     """One layer of a transformers cache that keeps nothing: rows go to the forward in flight."""
 
     is_compileable = False
     is_sliding = False
 
     def __init__(self, layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers
         self.layer = layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store the new rows; they are handed back as they came, attention reads the cache."""
         _IN_FLIGHT.get().store(self.layer, key_states, value_states)
         return key_states, value_states

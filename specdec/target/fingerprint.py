@@ -1,6 +1,6 @@
 """A short name for one target's weights: sizes and a sample of its output embedding, hashed.
 
-A head stores the fingerprint of the target it was trained on. The sample is rounded to bfloat16 first, so that the
+A head stores the fingerprint of the target it was trained on. The sample is rounded to bfloat16 first: the
 same model loaded in another dtype keeps its name.
 """
 
@@ -15,7 +15,7 @@ SAMPLES = 4096
 
 
 def fingerprint(output_embedding: Tensor, layers: int) -> str:
-    """sha256 over (vocab, hidden, layers) and a strided sample of the LM head's matrix [V, H], as 64 hex digits."""
+    """sha256 in hex over (vocab, hidden, layers) and a strided sample of the LM head's matrix [V, H]."""
     vocab, hidden = output_embedding.shape
     flat = output_embedding.detach().reshape(-1)
     stride = max(flat.numel() // SAMPLES, 1) | 1  # odd, so that it walks across columns

@@ -1,7 +1,7 @@
 """LeanTarget: our own decoder for Llama-shaped families (Llama, SmolLM, Mistral, Qwen2, Qwen3).
 
-One module, driven by a config; QKV and gate-up are packed into one product each; keys and values are arguments.
-It knows how to compute, not where files come from (loading.py) nor who is asking (engine).
+One module, driven by a config; QKV and gate-up are packed into one product each; keys and values are
+arguments. It knows how to compute, not where files come from (loading.py) nor who is asking (engine).
 Dimension legend: B requests, N rows, H hidden, A taps.
 """
 
@@ -50,7 +50,7 @@ class LeanConfig:
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> LeanConfig:
-        """Raises UnsupportedError naming what this decoder lacks; the transformers adapter may still run it."""
+        """Raises UnsupportedError naming what this decoder lacks; the adapter may still run it."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise UnsupportedError("not a family of the lean decoder", field="model_type", value=family,
@@ -139,7 +139,8 @@ class Block(nn.Module):
         seen = step.attention.attend(qk[:, :, : self.heads], step.cache, layer, plan, self.scale)
         x = x + self.out(seen.reshape(b, n, -1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        y: Tensor = x + self.down(F.silu(gate) * up)
+        return y
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The door to targets: a name goes in, a tested target with its tokenizer comes out.
 
-Chooses between the lean decoder and the transformers adapter, and the dtype. Where files come from is loading.py's
-business. Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
+Chooses between the lean decoder and the transformers adapter, and the dtype. Where files come from is
+loading.py's business. Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from specdec.attention.protocol import Rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.errors import CheckpointError, UnsupportedError
-from specdec.target.adapter import load_adapter
 from specdec.target.fingerprint import fingerprint
 from specdec.target.lean import LeanConfig, LeanDecoder
 from specdec.target.loading import (
     TargetFiles,
     load_config,
-    load_state,
     load_tokenizer,
     resolve,
     stop_token_ids,
@@ -33,11 +31,17 @@ from specdec.target.loading import (
 from specdec.target.precision import fastest_dtype
 from specdec.target.protocol import States, Target, TargetInfo
 from specdec.target.selftest import self_test
-from specdec.target.weights import EMBEDDING, HEAD, assemble, check_names
+from specdec.target.source import Source
+from specdec.target.weights import assemble, check_names
 
 Prefer = Literal["auto", "lean", "adapter"]
+DtypeChoice = torch.dtype | Literal["auto"] | None
 DeviceMap = str | Mapping[str, Any]
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+Config = Mapping[str, Any]
+"""A config.json."""
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {str(kind).removeprefix("torch."): kind for kind in KINDS}
 
 
 class LeanTarget:
@@ -60,13 +64,19 @@ class LeanTarget:
 
     def output_embedding(self) -> Tensor:
         """The LM head's matrix, a float32 copy [V, H]; unpacked on the fly, so that it is not held twice."""
-        head = self.decoder.head
-        matrix = head.weight if head.packed is None else head.packed.to_dense()
-        return matrix.detach().to(torch.float32, copy=True)
+        return output_matrix(self.decoder).to(torch.float32, copy=True)
 
     def final_norm(self) -> tuple[Tensor, float]:
         """Weight [H] and eps of the norm before the LM head."""
         return self.decoder.norm.weight, self.decoder.norm.eps
+
+
+def output_matrix(decoder: LeanDecoder) -> Tensor:
+    """The LM head's matrix [V, H]: the embedding when tied, else unpacked for the occasion."""
+    if decoder.config.tied:
+        return decoder.embedding.detach()
+    head = decoder.head
+    return (head.weight if head.packed is None else head.packed.to_dense()).detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,7 @@ class LoadedTarget:
     files: TargetFiles
 
 
-def load_target(name: str, *, dtype: torch.dtype | Literal["auto"] | None = None, device: str | torch.device = "cpu",
+def load_target(name: str, *, dtype: DtypeChoice = None, device: str | torch.device = "cpu",
                 prefer: Prefer = "auto", device_map: DeviceMap | None = None) -> LoadedTarget:  # fmt: skip
     """Find, load, check and test a target.
 
@@ -95,25 +105,41 @@ def load_target(name: str, *, dtype: torch.dtype | Literal["auto"] | None = None
             UnsupportedError naming the architecture and what it lacks.
     """
     files = resolve(name)
+    tokenizer = load_tokenizer(files.directory)  # first, so that a lack of it is told in seconds
+    kind = _dtype(dtype, load_config(files.directory), torch.device(device))
+    target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
+    return LoadedTarget(target, tokenizer, files)
+
+
+def load_weights(
+    files: TargetFiles, dtype: torch.dtype, placement: DeviceMap, prefer: Prefer = "auto"
+) -> Target:
+    """`load_target` without names, choices and tokenizer.
+
+    Args:
+        placement: {"": device}, or accelerate's over several devices.
+    """
     config = load_config(files.directory)
-    kind = _dtype(dtype, config, torch.device(device))
-    target = _lean_or_none(files, config, kind, torch.device(device), prefer) if device_map is None else None
-    if target is None:
-        if prefer == "lean":
-            raise UnsupportedError("cannot be spread over devices", field="device_map", value=device_map,
-                                   remedy="Leave prefer at auto.")  # fmt: skip
-        stops = tuple(stop_token_ids(files.directory))
-        target = load_adapter(files.name, files.directory, stops, kind, device_map or {"": device})
-        self_test(target)
-    return LoadedTarget(target, load_tokenizer(files.directory), files)
+    return _lean(files, config, dtype, placement, prefer) or _adapter(files, dtype, placement)
 
 
-def _lean_or_none(files: TargetFiles, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
-                  prefer: Prefer) -> LeanTarget | None:  # fmt: skip
+def _adapter(files: TargetFiles, dtype: torch.dtype, placement: DeviceMap) -> Target:
+    # here, because transformers' models take seconds and 150 MB to import, and the lean decoder needs none
+    from specdec.target.adapter import load_adapter
+
+    stops = tuple(stop_token_ids(files.directory))
+    target = load_adapter(files.name, files.directory, stops, dtype, placement)
+    self_test(target)
+    return target
+
+
+def _lean(files: TargetFiles, config: Config, dtype: torch.dtype, placement: DeviceMap,
+          prefer: Prefer) -> Target | None:  # fmt: skip
     """The lean target where it fits and passes its self-test; None leaves the matter to the adapter."""
     if prefer == "adapter":
         return None
     try:
+        device = _one_device(placement)
         target = _load_lean(files, config, dtype, device)
         self_test(target)
     except UnsupportedError:
@@ -123,16 +149,25 @@ def _lean_or_none(files: TargetFiles, config: Mapping[str, Any], dtype: torch.dt
     return target
 
 
-def _load_lean(files: TargetFiles, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> LeanTarget:
+def _one_device(placement: DeviceMap) -> torch.device:
+    if isinstance(placement, str) or set(placement) != {""}:
+        raise UnsupportedError("the lean decoder lives on one device", field="device_map", value=placement)
+    return torch.device(placement[""])
+
+
+def _load_lean(files: TargetFiles, config: Config, dtype: torch.dtype, device: torch.device) -> LeanTarget:
     if config.get("quantization_config"):
         raise UnsupportedError("the lean decoder runs plain weights", field="quantization_config",
                                value=config["quantization_config"])  # fmt: skip
     sizes = LeanConfig.read(config)
-    state = dict(load_state(files.directory))
-    check_names(state, sizes)
-    mark = fingerprint(state[EMBEDDING if sizes.tied else HEAD], sizes.layers)
-    decoder = assemble(sizes, state, ReferenceAttention(), dtype, device)
-    info = TargetInfo(
+    source = Source(files.directory)
+    check_names(source.shapes, sizes)
+    decoder = assemble(sizes, source.take, ReferenceAttention(), dtype, device)
+    return LeanTarget(decoder, _info(files, config, sizes, decoder))
+
+
+def _info(files: TargetFiles, config: Config, sizes: LeanConfig, decoder: LeanDecoder) -> TargetInfo:
+    return TargetInfo(
         name=files.name,
         architecture=_architecture(config),
         vocab=sizes.vocab,
@@ -140,32 +175,32 @@ def _load_lean(files: TargetFiles, config: Mapping[str, Any], dtype: torch.dtype
         layers=sizes.layers,
         max_length=sizes.max_length,
         stop_ids=tuple(stop_token_ids(files.directory)),
-        dtype=dtype,
+        dtype=decoder.embedding.dtype,
         device=decoder.embedding.device,
-        fingerprint=mark,
+        fingerprint=fingerprint(output_matrix(decoder), sizes.layers),
         cache=decoder.cache_shape(),
     )
-    return LeanTarget(decoder, info)
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def _architecture(config: Config) -> str:
     named = config.get("architectures") or [config.get("model_type", "unknown")]
     return str(named[0])
 
 
-def _dtype(asked: torch.dtype | Literal["auto"] | None, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+def _dtype(asked: DtypeChoice, config: Config, device: torch.device) -> torch.dtype:
     if isinstance(asked, torch.dtype):
         return asked
     if asked is None and device.type == "cpu":
         return fastest_dtype(_block_shapes(config))
     text = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if text not in DTYPES:
-        raise CheckpointError("unknown dtype", field="config.json: dtype", value=text, allowed=", ".join(DTYPES))
+        raise CheckpointError("unknown dtype", field="dtype in config.json", value=text,
+                              allowed=", ".join(DTYPES))  # fmt: skip
     return DTYPES[text]
 
 
-def _block_shapes(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Projections of one block; for families the lean decoder does not know, those of a Llama of the same width."""
+def _block_shapes(config: Config) -> tuple[tuple[int, int], ...]:
+    """Projections of one block; for families the lean decoder does not know, of a Llama of the same width."""
     try:
         c = LeanConfig.read(config)
     except UnsupportedError:

@@ -1,7 +1,7 @@
 """Which dtype decodes fastest on this CPU for these matrices: measured in milliseconds, never believed.
 
-bfloat16 halves the bytes a product reads, but not every CPU multiplies it well, and some shapes fall off a cliff.
-Knows matrix shapes, not models.
+bfloat16 halves the bytes a product reads, but not every CPU multiplies it well, and some shapes fall off a
+cliff. Knows matrix shapes, not models.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ def fastest_dtype(shapes: tuple[Shape, ...]) -> torch.dtype:
 
 @torch.inference_mode()
 def seconds(shapes: tuple[Shape, ...], dtype: torch.dtype) -> tuple[float, ...]:
-    """Best time of one pass over a few copies of the block, for each of `ROWS`."""
+    """Best time of one block for each of `ROWS`; by projection, so that a busy machine does little harm."""
     block = sum(outputs * inputs for outputs, inputs in shapes) * 4
     copies = min(max(-(-COLD_BYTES // block), 1), COPIES)
-    layers = [_projection(shape, dtype) for _ in range(copies) for shape in shapes]
-    return tuple(min(_timed(layers, rows, dtype) for _ in range(PASSES)) for rows in ROWS)
+    blocks = [[_projection(shape, dtype) for shape in shapes] for _ in range(copies)]
+    return tuple(_best_block(blocks, rows) for rows in ROWS)
+
+
+def _best_block(blocks: list[list[Projection]], rows: int) -> float:
+    """Sum over the block of each projection's best time; other copies run between, so none stays in cache."""
+    passes = [[_timed(layer, rows) for layer in block] for _ in range(PASSES) for block in blocks]
+    return sum(min(times) for times in zip(*passes, strict=True))
 
 
 def _projection(shape: Shape, dtype: torch.dtype) -> Projection:
@@ -53,9 +59,8 @@ def _projection(shape: Shape, dtype: torch.dtype) -> Projection:
     return projection
 
 
-def _timed(layers: list[Projection], rows: int, dtype: torch.dtype) -> float:
-    inputs = [torch.ones(rows, layer.inputs, dtype=dtype) for layer in layers]
+def _timed(layer: Projection, rows: int) -> float:
+    x = torch.ones(rows, layer.inputs, dtype=layer.weight.dtype)
     start = time.perf_counter()
-    for layer, x in zip(layers, inputs, strict=True):
-        layer(x)
+    layer(x)
     return time.perf_counter() - start

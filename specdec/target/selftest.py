@@ -1,7 +1,7 @@
-"""Does a target see a tree as it sees each of its paths? Asked once at load, answered in a fraction of a second.
+"""Does a target see a tree as it sees each of its paths? Asked once at load, answered in well under a second.
 
-A tree forward after a short prefix is compared with plain causal forwards of every root-to-leaf path. A wrong mask,
-position or cache row shows at once; whether the weights are right it cannot know.
+A tree forward after a short prefix is compared with plain causal forwards of every root-to-leaf path. A wrong
+mask, position or cache row shows at once; whether the weights are right it cannot know.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def self_test(target: Target, prefix: int = PREFIX) -> None:
     allowed = TOLERANCE.get(target.info.dtype, TOLERANCE[torch.float32])
     if not difference <= allowed:  # so written, NaN fails
         raise UnsupportedError(
-            "sees a tree of tokens differently from its paths one by one, so speculation would not be lossless",
+            "sees a tree differently from its paths one by one, so speculation would not be lossless",
             field=target.info.architecture, value=f"relative difference {difference:.2g}",
             allowed=f"at most {allowed:g}", remedy="This architecture cannot be used with speculation.",
         )  # fmt: skip

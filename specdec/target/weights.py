@@ -1,12 +1,12 @@
-"""From a checkpoint's tensors to the lean decoder's packed parameters: strict, one at a time, in the chosen dtype.
+"""From a checkpoint's tensors to the lean decoder's packed parameters: strict, one by one, in one dtype.
 
-Knows tensor names and shapes. It does not know files: it takes tensors out of the mapping it is given, and lets go
-of each as soon as it is cast, so that memory peaks near the size of the result.
+Knows tensor names and shapes. It does not know files: it asks for one tensor at a time and lets go of it as
+soon as it is cast, so that memory peaks near the size of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,12 @@ from specdec.errors import CheckpointError
 from specdec.layers.linear import Projection
 from specdec.target.lean import LeanConfig, LeanDecoder
 
+Take = Callable[[str], Tensor]
+"""Hands out a checkpoint's tensor by name, once."""
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED = ("rotary_emb.inv_freq",)  # buffers old checkpoints carry; they follow from the config
+GATED = ("gate", "up")
 SHOWN = 4  # names an error message lists
 
 
@@ -30,13 +34,14 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def layout(config: LeanConfig) -> dict[str, tuple[Piece, ...]]:
-    """Our parameter -> the checkpoint tensors stacked into it, in the order they are wanted.
+Layout = dict[str, tuple[Piece, ...]]
+"""Our parameter -> the checkpoint tensors stacked into it, in order."""
 
-    A tied LM head has no entry: it is the embedding.
-    """
+
+def layout(config: LeanConfig) -> Layout:
+    """What the decoder is made of. A tied LM head has no entry: it is the embedding."""
     c = config
-    wanted = {"embedding": (Piece(EMBEDDING, (c.vocab, c.hidden)),)}
+    wanted: Layout = {"embedding": (Piece(EMBEDDING, (c.vocab, c.hidden)),)}
     for layer in range(c.layers):
         wanted |= _layer(c, layer)
     wanted["norm.weight"] = (Piece("model.norm.weight", (c.hidden,)),)
@@ -45,16 +50,16 @@ def layout(config: LeanConfig) -> dict[str, tuple[Piece, ...]]:
     return wanted
 
 
-def _layer(c: LeanConfig, layer: int) -> dict[str, tuple[Piece, ...]]:
+def _layer(c: LeanConfig, layer: int) -> Layout:
     old, new = f"model.layers.{layer}.", f"blocks.{layer}."
     attn, mlp = old + "self_attn.", old + "mlp."
     rows = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
-    wanted = {
+    wanted: Layout = {
         "input_norm.weight": (Piece(old + "input_layernorm.weight", (c.hidden,)),),
         "qkv.weight": tuple(Piece(f"{attn}{p}_proj.weight", (n, c.hidden)) for p, n in rows.items()),
         "out.weight": (Piece(attn + "o_proj.weight", (c.hidden, rows["q"])),),
         "mlp_norm.weight": (Piece(old + "post_attention_layernorm.weight", (c.hidden,)),),
-        "gate_up.weight": tuple(Piece(f"{mlp}{p}_proj.weight", (c.intermediate, c.hidden)) for p in ("gate", "up")),
+        "gate_up.weight": tuple(Piece(f"{mlp}{p}_proj.weight", (c.intermediate, c.hidden)) for p in GATED),
         "down.weight": (Piece(mlp + "down_proj.weight", (c.hidden, c.intermediate)),),
     }
     if c.qkv_bias:
@@ -62,11 +67,12 @@ def _layer(c: LeanConfig, layer: int) -> dict[str, tuple[Piece, ...]]:
     if c.out_bias:
         wanted["out.bias"] = (Piece(attn + "o_proj.bias", (c.hidden,)),)
     if c.qk_norm:
-        wanted |= {f"{p}_norm.weight": (Piece(f"{attn}{p}_norm.weight", (c.head_dim,)),) for p in "qk"}
+        for p in "qk":
+            wanted[f"{p}_norm.weight"] = (Piece(f"{attn}{p}_norm.weight", (c.head_dim,)),)
     return {new + name: pieces for name, pieces in wanted.items()}
 
 
-def check_names(state: MutableMapping[str, Tensor], config: LeanConfig) -> None:
+def check_names(shapes: Mapping[str, tuple[int, ...]], config: LeanConfig) -> None:
     """Exactly the tensors of `layout`, each of its shape.
 
     Raises:
@@ -74,18 +80,19 @@ def check_names(state: MutableMapping[str, Tensor], config: LeanConfig) -> None:
     """
     pieces = {piece.name: piece.shape for parts in layout(config).values() for piece in parts}
     optional = {HEAD: (config.vocab, config.hidden)} if config.tied else {}
-    missing = [name for name in pieces if name not in state]
-    extra = [name for name in state if name not in pieces and name not in optional and not name.endswith(DERIVED)]
+    missing = [name for name in pieces if name not in shapes]
+    known = pieces.keys() | optional.keys()
+    extra = [name for name in shapes if name not in known and not name.endswith(DERIVED)]
     if missing:
         raise CheckpointError("the checkpoint lacks tensors its config asks for", field="weights",
                               value=_listed(missing), remedy="Is the download complete?")  # fmt: skip
     if extra:
         raise CheckpointError("the checkpoint holds tensors its config has no place for", field="weights",
                               value=_listed(extra), remedy="Is config.json of this model?")  # fmt: skip
-    for name, shape in (pieces | {k: v for k, v in optional.items() if k in state}).items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError("has another shape than the config says", field=name,
-                                  value=tuple(state[name].shape), allowed=str(shape))  # fmt: skip
+    for name, shape in (pieces | optional).items():
+        if shapes.get(name, shape) != shape:
+            raise CheckpointError("has another shape than the config says", field=name, value=shapes[name],
+                                  allowed=str(shape))  # fmt: skip
 
 
 def _listed(names: list[str]) -> str:
@@ -99,31 +106,29 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise CheckpointError("holds NaN or infinite values", field=name, remedy="Fetch the weights again.")
 
 
-def assemble(config: LeanConfig, state: MutableMapping[str, Tensor], attention: TreeAttention, dtype: torch.dtype,
-             device: torch.device) -> LeanDecoder:  # fmt: skip
-    """A frozen decoder out of `state`, which is emptied on the way.
+def assemble(
+    config: LeanConfig, take: Take, attention: TreeAttention, dtype: torch.dtype, device: torch.device
+) -> LeanDecoder:
+    """A frozen decoder out of tensors that passed `check_names`.
 
     Parameters are made on the meta device and replaced one by one; each projection is packed as soon as it is
     whole, so the peak is the result plus one projection.
 
     Raises:
-        CheckpointError: see `check_names`; also for values that are not finite.
+        CheckpointError: naming the tensor that holds NaN or infinities.
     """
-    check_names(state, config)
     with torch.device("meta"):
         decoder = LeanDecoder(config, attention)
     for name, pieces in layout(config).items():
-        whole = _stacked([_take(state, piece, dtype, device) for piece in pieces])
+        whole = _stacked([_cast(take(piece.name), piece, dtype, device) for piece in pieces])
         _place(decoder, name, whole)
     if config.tied:
-        state.pop(HEAD, None)
         decoder.head.weight = decoder.embedding
     decoder.freeze()
     return decoder
 
 
-def _take(state: MutableMapping[str, Tensor], piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
-    tensor = state.pop(piece.name)
+def _cast(tensor: Tensor, piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
     check_finite(piece.name, tensor)
     # a copy even where nothing changes: a view of a mapped file would keep the whole file resident
     return tensor.to(device=device, dtype=dtype, copy=True)
@@ -137,6 +142,5 @@ def _place(decoder: LeanDecoder, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(path)
     setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    ready = isinstance(module, Projection) and not any(p.is_meta for p in module.parameters())
-    if ready:
+    if isinstance(module, Projection) and not any(p.is_meta for p in module.parameters()):
         module.pack()
