@@ -47,7 +47,7 @@ def seconds(shapes: tuple[Shape, ...], dtype: torch.dtype) -> tuple[float, ...]:
 def _best_block(blocks: list[list[Projection]], rows: int) -> float:
     """Sum over the block of each projection's best time; other copies run between, so none stays in cache."""
     passes = [[_timed(layer, rows) for layer in block] for _ in range(PASSES) for block in blocks]
-    return sum(min(times) for times in zip(*passes, strict=True))
+    return float(sum(min(times) for times in zip(*passes, strict=True)))
 
 
 def _projection(shape: Shape, dtype: torch.dtype) -> Projection:
