@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def append(name: str, rows: list[Mapping[str, Any]], *, results: Path = RESULTS) -> Path:
+def append(name: str, rows: Sequence[Mapping[str, Any]], *, results: Path = RESULTS) -> Path:
     """Append rows to `results/<name>.jsonl`, each with the environment; returns the file."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.jsonl"

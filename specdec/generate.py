@@ -159,7 +159,10 @@ class SpecDecoder:
         if all(isinstance(part, int) for part in prompt):
             return tuple(prompt)  # type: ignore[arg-type]
         rendered = self.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            [dict(m) for m in prompt if isinstance(m, Mapping)],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
         )
         return tuple(rendered)
 
@@ -175,10 +178,9 @@ class SpecDecoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens skipped."""
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-        return text
 
     def generate(
         self,

@@ -193,7 +193,7 @@ class Seen:
 
 def process(logits: Tensor, tree: DraftTree, batch: BatchSampling, seen: Seen | None = None,
             allowed: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Logits after bias, penalties and temperature; ruled-out tokens are -inf. All float32.
+    """Logits after bias, penalties and temperature in float32; ruled-out tokens are -inf.
 
     Args:
         logits: [B, N, V] the target's logits after each node.
@@ -204,6 +204,8 @@ def process(logits: Tensor, tree: DraftTree, batch: BatchSampling, seen: Seen | 
 
     Order: grammar, bias, penalties, temperature, then top-k, top-p, min-p. Greedy rows keep temperature 1.
     """
+    if batch.greedy and allowed is None and batch.bias is None and batch.penalties is None:
+        return logits  # the argmax needs neither a copy nor float32
     logits = logits.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
@@ -282,7 +284,7 @@ def choose(processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: T
     best = processed.argmax(dim=-1)
     if batch.greedy:
         return best
-    mass = torch.softmax(processed, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    mass = torch.softmax(processed, dim=-1).cumsum(dim=-1, dtype=torch.float64)
     level = uniforms.gather(1, tree.depths)[..., None] * mass[..., -1:]
     drawn = torch.searchsorted(mass, level, right=True)[..., 0]
     return torch.where(batch.temperature[:, None] > 0, drawn.clamp(max=processed.shape[-1] - 1), best)

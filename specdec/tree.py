@@ -66,12 +66,11 @@ def build(
     if sizes is None:
         sizes = torch.full((b,), n, dtype=torch.int64, device=tokens.device)
     own = torch.ones((), dtype=torch.int64, device=tokens.device) << torch.arange(n, device=tokens.device)
-    ancestors = own.expand(b, n).clone()
-    depths = torch.zeros_like(parents)
-    for node in range(1, n):  # parents precede children, so one pass closes the sets
-        parent = parents[:, node : node + 1]
-        ancestors[:, node : node + 1] |= ancestors.gather(1, parent)
-        depths[:, node : node + 1] = depths.gather(1, parent) + 1
+    ancestors, above = own.expand(b, n), parents
+    for _ in range((n - 1).bit_length()):  # pointer doubling: each turn doubles how far up a node sees
+        ancestors = ancestors | ancestors.gather(1, above)
+        above = above.gather(1, above)
+    depths = mask(ancestors, n).sum(dim=2) - 1
     return DraftTree(tokens, parents, depths, ancestors, sizes, scores)
 
 

@@ -105,8 +105,14 @@ class TestProcess:
         assert processed([1.0, -2.0, 0.5], Sampling()).tolist() == [1.0, -2.0, 0.5]
 
     def test_low_precision_becomes_float32(self) -> None:
-        out = process(torch.zeros(1, 1, 3, dtype=torch.bfloat16), roots(1), batch(Sampling(), vocab=3))
+        out = process(
+            torch.zeros(1, 1, 3, dtype=torch.bfloat16), roots(1), batch(Sampling(temperature=1.0), 3)
+        )
         assert out.dtype == torch.float32
+
+    def test_plain_greedy_is_not_copied(self) -> None:
+        logits = torch.zeros(1, 1, 3, dtype=torch.bfloat16)
+        assert process(logits, roots(1), batch(Sampling(), vocab=3)) is logits
 
     def test_temperature_divides_only_those_who_ask(self) -> None:
         logits = torch.tensor([[[2.0, 4.0]]]).expand(2, 1, 2)

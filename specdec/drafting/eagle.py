@@ -190,6 +190,10 @@ class _Growth:
         self.ids, self.shape = ids, shape
         self.width = min(shape.width, len(ids))
         self.depth, self.rows_before = 0, 0
+        self.tokens: Tensor
+        self.bits: Tensor
+        self.scores: Tensor
+        self.at: Tensor
         self.all_tokens: list[Tensor] = []
         self.all_scores: list[Tensor] = []
         self.all_parents: list[Tensor] = []

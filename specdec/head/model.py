@@ -130,7 +130,7 @@ class DraftHead(nn.Module):
 
     def feedback(self, y: Tensor) -> Tensor:
         """What the next step takes for g."""
-        return self.norm(y) if self.config.norm_output else y  # type: ignore[no-any-return]
+        return self.norm(y) if self.config.norm_output else y
 
     def logits(self, y: Tensor) -> Tensor:
         """[..., H] -> [..., Vd] over the draft vocabulary."""

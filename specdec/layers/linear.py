@@ -16,7 +16,7 @@ PACK_ROWS = 16  # the row count the layout is tuned for: a small tree; single ro
 
 def can_pack(weight: Tensor) -> bool:
     """Is there a packed product for this weight on this machine?"""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

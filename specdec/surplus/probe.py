@@ -284,7 +284,8 @@ def _train(
         for batch in walk_text(data, plan, settings, generator):
             optimizer.zero_grad(set_to_none=True)
             # Depths share no weight, so one sum of losses is many independent trainings.
-            torch.stack([active[depth].loss(data, part) for depth, part in batch.items()]).sum().backward()
+            loss: Tensor = torch.stack([active[k].loss(data, part) for k, part in batch.items()]).sum()
+            torch.autograd.backward(loss)
             optimizer.step()
         _validate(data, {depth: val[depth] for depth in active}, active, settings)
         active = {depth: each for depth, each in active.items() if each.stale < settings.patience}

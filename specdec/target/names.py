@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from specdec.errors import SpecdecError
 from specdec.target.loading import load_config, resolve, stop_token_ids
 
 
-def describe(name: str) -> dict[str, object]:
+def describe(name: str) -> dict[str, Any]:
     """name_or_path, architectures, bos, eos and max_length of a target, without loading its weights."""
     files = resolve(name)
     config = load_config(files.directory)
