@@ -106,7 +106,7 @@ class TestProcess:
 
     def test_low_precision_becomes_float32(self) -> None:
         out = process(
-            torch.zeros(1, 1, 3, dtype=torch.bfloat16), roots(1), batch(Sampling(temperature=1.0), 3)
+            torch.zeros(1, 1, 3, dtype=torch.bfloat16), roots(1), batch(Sampling(temperature=1.0), vocab=3)
         )
         assert out.dtype == torch.float32
 
