@@ -93,14 +93,14 @@ def save(arch: str, directory: Path, seed: int = 0) -> Path:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character, after <pad>, <s>, </s> and <unk>; a chat template of one line."""
+    """A token per printable ASCII character, after <pad>, <s>, </s>, <unk>; a chat template of one line."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     words = [*special, "\n", *map(chr, range(32, 127))]
     words += [f"<extra{i}>" for i in range(VOCAB - len(words))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>")  # fmt: skip
+    named = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, **named)
     made.chat_template = CHAT
     return made
