@@ -1,0 +1,214 @@
+"""Acceptance from information: what a gap in nats costs the verifier in use, by depth, for a chain and a
+tree.
+
+Two verifiers. Sampled drafts: alpha = sum min(p, q) = 1 - TV. Deterministic top-m children (this engine's
+default, and EAGLE's): acceptance is the p-mass of the children, so the target's own entropy costs even a
+perfect draft (theory.md 3.1). Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
+Dimension legend: n contexts, M symbols, K draft depths, N tree nodes, R children ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.errors import RequestError
+
+
+def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """alpha = sum min(p, q) = 1 - TV per row, [n]: acceptance of one sampled draft token."""
+    return torch.minimum(log_p, log_q).exp().sum(-1)
+
+
+def children_mass(log_p: Tensor, log_q: Tensor, m: int) -> Tensor:
+    """A_m = p-mass of the top-m of q per row, [n]: acceptance of m deterministic children."""
+    picks = log_q.topk(min(m, log_q.shape[-1]), dim=-1).indices
+    return log_p.gather(-1, picks).exp().sum(-1)
+
+
+def erfc_link(gap: Tensor) -> Tensor:
+    """alpha = erfc(sqrt(d) / 2), the zero-parameter link of a Gaussian log-likelihood ratio (theory.md 3.1).
+
+    Average it over contexts; applied to an average gap it is biased (convexity).
+
+    >>> [round(float(a), 2) for a in erfc_link(torch.tensor([0.008, 0.128, 0.910]))]
+    [0.95, 0.8, 0.5]
+    """
+    return torch.special.erfc(gap.clamp_min(0).sqrt() / 2)
+
+
+def pinsker_bound(gap: Tensor) -> Tensor:
+    """alpha >= 1 - sqrt(d / 2); below 0 it says nothing."""
+    return 1 - (gap.clamp_min(0) / 2).sqrt()
+
+
+def bretagnolle_huber_bound(gap: Tensor) -> Tensor:
+    """alpha >= 1 - sqrt(1 - e^-d), still informative beyond 2 nats."""
+    return 1 - (-torch.expm1(-gap.clamp_min(0))).sqrt()
+
+
+def children_bound(crossed: Tensor, m: int) -> Tensor:
+    """A_m >= 1 - CE(q) / ln(m + 1): crossed = H(p) + d, nats."""
+    return 1 - crossed / torch.log(torch.tensor(m + 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """A draft that covers only part of the vocabulary, per row [n].
+
+    Attributes:
+        coverage: rho = p(V_d), the ceiling of acceptance.
+        gap: KL(p_d || q), p_d = p given V_d, nats (KL on the full vocabulary is infinite).
+        alpha: sum over V_d of min(p, q), exact; at least rho (1 - TV(p_d, q)).
+        bound: that lower bound.
+    """
+
+    coverage: Tensor
+    gap: Tensor
+    alpha: Tensor
+    bound: Tensor
+
+
+def truncated(log_p: Tensor, log_q: Tensor, draft_ids: Tensor) -> Truncated:
+    """Split acceptance into coverage and disagreement.
+
+    Args:
+        log_p: [n, V] target.
+        log_q: [n, D] draft, over `draft_ids` [D].
+
+    Raises:
+        RequestError: an empty draft vocabulary, or one that the target gives no mass anywhere.
+    """
+    if not draft_ids.numel():
+        raise RequestError("no token in the draft vocabulary", field="draft_ids", allowed="at least one id")
+    inside = log_p[:, draft_ids]
+    log_rho = inside.logsumexp(-1)
+    if bool((log_rho < -50).all()):
+        raise RequestError(
+            "the target gives the draft vocabulary no mass",
+            field="draft_ids",
+            remedy="Check that the head belongs to this target and that ids are not offsets",
+        )
+    given = inside - log_rho[:, None]
+    return Truncated(
+        coverage=log_rho.exp(),
+        gap=(given.exp() * (given - log_q)).sum(-1),
+        alpha=torch.minimum(inside, log_q).exp().sum(-1),
+        bound=log_rho.exp() * overlap(given, log_q),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DepthLaw:
+    """Acceptance by depth.
+
+    Attributes:
+        forced: [K] mean acceptance on all contexts (teacher-forced).
+        alpha: [K] conditional acceptance among survivors, what the engine calls alpha(d).
+        reach: [K] P(L >= j), probability that depth j is accepted.
+    """
+
+    forced: Tensor
+    alpha: Tensor
+    reach: Tensor
+
+    @property
+    def tau(self) -> float:
+        """Expected tokens per round, bonus included: 1 + sum_j P(L >= j)."""
+        return 1 + float(self.reach.sum())
+
+    @property
+    def selection(self) -> Tensor:
+        """alpha - forced, [K]: survivors are easier contexts than the text at large."""
+        return self.alpha - self.forced
+
+
+def depth_law(acceptance: Tensor, survival: Tensor) -> DepthLaw:
+    """Depth law with survivor correction, on target-written text (theory.md 3.2).
+
+    P(L >= j) = E_{x ~ P} prod_{i<=j} w_i: along the target's own tokens each depth survives with weight w_i,
+    which is min(1, q(x)/p(x)) for sampled drafts and the indicator that x is among the children for
+    deterministic ones. The last factor is replaced by its expectation a_j, which removes its noise.
+
+    Args:
+        acceptance: [n, K] a_j(c), overlap or children mass, rows with all K depths.
+        survival: [n, K] w_j of the token that really came.
+    """
+    before = torch.cat(
+        [torch.ones_like(survival[:, :1]), survival.double().cumprod(1)[:, :-1]], dim=1
+    ).double()
+    reach = (before * acceptance.double()).mean(0)
+    return DepthLaw(acceptance.double().mean(0), reach / before.mean(0).clamp_min(1e-300), reach)
+
+
+def sampled_survival(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
+    """min(1, q(x) / p(x)) of the tokens [n] that came: [n]."""
+    ratio = (log_q - log_p).gather(-1, tokens[:, None])[:, 0]
+    return ratio.clamp_max(0).exp()
+
+
+def children_survival(log_q: Tensor, tokens: Tensor, m: int) -> Tensor:
+    """1 where the token is among the top-m of q, else 0: [n]."""
+    picks = log_q.topk(min(m, log_q.shape[-1]), dim=-1).indices
+    return (picks == tokens[:, None]).any(-1).float()
+
+
+def geometric_tau(alpha: float, depth: int) -> float:
+    """(1 - alpha^(depth+1)) / (1 - alpha): right only for independent, equal acceptance; a baseline.
+
+    >>> geometric_tau(0.5, 2)
+    1.75
+    """
+    return float(depth + 1) if alpha >= 1 else (1 - alpha ** (depth + 1)) / (1 - alpha)
+
+
+def tree_tau(parents: Sequence[int], acceptance: Sequence[float]) -> float:
+    """Expected tokens of a tree: sum over nodes of the product of acceptances on their path (root counts 1).
+
+    Args:
+        parents: node -> parent, parents first; node 0 is the root, its own parent.
+        acceptance: p(node | parent), entry 0 ignored.
+
+    >>> tree_tau([0, 0, 0, 1], [1.0, 0.5, 0.25, 0.5])
+    2.0
+    """
+    reach = [1.0]
+    for node in range(1, len(parents)):
+        reach.append(reach[parents[node]] * acceptance[node])
+    return sum(reach)
+
+
+def rank_masses(log_p: Tensor, log_q: Tensor, ranks: int) -> Tensor:
+    """p of the r-th best token of q, [n, R]: weight by survivors and average for `ranked_tree_tau`."""
+    picks = log_q.topk(min(ranks, log_q.shape[-1]), dim=-1).indices
+    return log_p.gather(-1, picks).exp()
+
+
+def ranked_tree_tau(parents: Sequence[int], ranks: Sequence[int], masses: Tensor) -> float:
+    """Tree forecast under positional acceptance (Sequoia's assumption): a node's chance depends on depth and
+    rank.
+
+    Args:
+        parents: as in `tree_tau`.
+        ranks: rank of each node among its siblings, 0 best; entry 0 ignored.
+        masses: [K, R] mean mass of rank r at depth j = row + 1, among survivors.
+
+    Raises:
+        RequestError: a tree deeper or wider than the masses given.
+    """
+    depth = [0] * len(parents)
+    acceptance = [1.0] * len(parents)
+    for node in range(1, len(parents)):
+        depth[node] = depth[parents[node]] + 1
+        if depth[node] > masses.shape[0] or ranks[node] >= masses.shape[1]:
+            raise RequestError(
+                "the tree is larger than the measured masses",
+                field="tree",
+                value=f"depth {depth[node]}, rank {ranks[node]}",
+                allowed=f"depth <= {masses.shape[0]}, rank < {masses.shape[1]}",
+            )
+        acceptance[node] = float(masses[depth[node] - 1, ranks[node]])
+    return tree_tau(parents, acceptance)
