@@ -14,7 +14,7 @@ import torch
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
 
 
 def _has_default_model() -> bool:

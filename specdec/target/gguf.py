@@ -13,16 +13,18 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import GGUFReader
 from rich.console import Console
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.errors import CheckpointError, UnsupportedError
 from specdec.target.weights import check_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AGAIN = "Fetch it again."
 RECIPE = 1  # raise when what `convert` writes changes: cached conversions are then made again
@@ -106,6 +108,8 @@ def convert(source: Path, directory: Path, name: str) -> None:
 
 def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; through a directory of its own, where no other file is taken for the model's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, needed once a model
+
     with TemporaryDirectory() as lone:
         (Path(lone) / "model.gguf").symlink_to(source.resolve())
         given: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
