@@ -1,0 +1,77 @@
+"""`specdec train`: from the name of a target to a head that `specdec generate --draft` serves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from specdec.errors import SpecdecError
+
+EXAMPLES = """\
+examples:
+  specdec train --target smollm2-135m --prompts prompts.jsonl --out my-head
+  specdec train --prompts prompts.jsonl --out my-head --recipe gpu optimizer.lr=5e-4 unroll.steps=5
+  specdec train --prompts prompts.jsonl --out my-head --dry-run
+  specdec train --prompts prompts.jsonl --out my-head --endpoint http://localhost:8000/v1
+
+A run that was interrupted goes on when the same command is given again. The output directory is a raw EAGLE-3
+checkpoint with a model card, the recipe, a log and a plot."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("--target", default="smollm2-135m", help="name, directory, .gguf file or Hub id")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="jsonl, parquet or a datasets id")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the head and of the run")
+    parser.add_argument("--recipe", default="cpu", help="cpu, gpu, large or a YAML file (default: cpu)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print plan, sizes, time and memory; do nothing")
+    parser.add_argument("--max-minutes", type=float, default=None, help="stop cleanly with a usable head")
+    parser.add_argument("--no-resume", action="store_true", help="refuse a directory that holds a run")
+    parser.add_argument("--endpoint", default=None, metavar="URL", help="let this OpenAI-compatible server answer")
+    parser.add_argument("--feature-cache-gb", type=float, default=None, help="disk for features between epochs")
+    parser.add_argument("--push-to-hub", default=None, metavar="ORG/NAME", help="upload the finished head")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from training.run import Order, train
+    except ImportError as error:
+        raise SpecdecError(
+            f"needs packages that are not installed ({error.name})",
+            field="train",
+            remedy="pip install 'specdec[train]'",
+        ) from error
+    order = Order(
+        target=args.target,
+        prompts=args.prompts,
+        out=args.out,
+        recipe=args.recipe,
+        overrides=_overrides(args),
+        endpoint=args.endpoint,
+        resume=not args.no_resume,
+        dry_run=args.dry_run,
+    )
+    out = train(order)
+    if out is not None and args.push_to_hub:
+        _push(out, args.push_to_hub)
+    return 0
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    extra = list(args.overrides)
+    if args.max_minutes is not None:
+        extra.append(f"trainer.max_minutes={args.max_minutes}")
+    if args.feature_cache_gb is not None:
+        extra.append(f"cache.gigabytes={args.feature_cache_gb}")
+    return extra
+
+
+def _push(directory: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    api.upload_folder(folder_path=directory, repo_id=repository)
+    sys.stderr.write(f"pushed to {repository}\n")
