@@ -95,7 +95,7 @@ def auroc(confidence: Tensor, event: Tensor) -> float:
 
 
 def affine_left_out(predictor: Tensor, measured: Tensor, group: Tensor) -> Tensor:
-    """Baseline predictions: per group, an affine fit on all other groups (leave one domain out), float64 [n]."""
+    """Baseline predictions: per group, an affine fit on all other groups (leave one domain out), [n]."""
     x = torch.stack([torch.ones_like(predictor, dtype=torch.float64), predictor.double()], dim=1)
     found = torch.empty(x.shape[0], dtype=torch.float64)
     for level in torch.unique(group).tolist():

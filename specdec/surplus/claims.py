@@ -138,7 +138,7 @@ class CellOutcomes:
         return self._means(torch.ones(1, 1, dtype=torch.float64), torch.zeros_like(self.doc))[0]
 
     def draws(self, drawn: Resamples) -> Tensor:
-        """Mean acceptance of each cell in each document resample, float64 [B, c]; NaN where a cell is empty."""
+        """Mean acceptance of each cell in each document resample, [B, c]; NaN where a cell is empty."""
         return self._means(drawn.weights, drawn.group)
 
     def _means(self, weights: Tensor, group: Tensor) -> Tensor:
@@ -216,22 +216,18 @@ def claim_f2(
     samples, whole = outcomes.draws(drawn), outcomes.measured()
     for rival, guess in baselines.items():
 
-        def lead(_: Tensor, measured: Tensor, guess: Tensor = guess) -> float:
-            known = ~measured.isnan()
-            better = r_squared(predicted[known], measured[known])
-            return better - r_squared(guess[known], measured[known])
+        def lead(ours: Tensor, measured: Tensor, guess: Tensor = guess) -> float:
+            return r_squared(ours, measured) - r_squared(guess, measured)
 
-        full = samples.isnan().any(1)
-        margin = _over(drawn, lead, predicted, samples[~full], whole)
+        margin = _over(drawn, lead, predicted, samples[~samples.isnan().any(1)], whole)
         claims.append(at_least(f"{name} over {rival}", margin, 0.0))
     return tuple(claims)
 
 
 def claim_f3(gaps: Tensor, lengths: Tensor, *, least: int = 6) -> Claim:
-    """F3: tap sets ranked by probe gap order trained heads by accepted length; Kendall of (-gap, length) >=
-    0.5.
+    """F3: tap sets ranked by probe gap order trained heads by accepted length.
 
-    The tap sets are the sample, so the interval is over resampled documents of both sides.
+    Kendall of (-gap, length) >= 0.5. The tap sets are the sample, so the interval is over resampled documents of both sides.
 
     Args:
         gaps: [B + 1, c] probe gap of each tap set; row 0 on all documents, the rest on resamples.

@@ -37,7 +37,8 @@ def erfc_link(gap: Tensor) -> Tensor:
     >>> [round(float(a), 2) for a in erfc_link(torch.tensor([0.008, 0.128, 0.910]))]
     [0.95, 0.8, 0.5]
     """
-    return torch.special.erfc(gap.clamp_min(0).sqrt() / 2)
+    alpha: Tensor = torch.special.erfc(gap.clamp_min(0).sqrt() / 2)
+    return alpha
 
 
 def pinsker_bound(gap: Tensor) -> Tensor:

@@ -26,14 +26,16 @@ def bhattacharyya(log_p: Tensor) -> Tensor:
 def hellinger(log_p: Tensor, beta: float = 4.0) -> Tensor:
     """exp(-beta H^2), H^2 = 1 - Bhattacharyya: a Gaussian in Hellinger distance, [n, n]."""
     distance: Tensor = (1 - bhattacharyya(log_p)).clamp_min(0)
-    return (-beta * distance).exp()
+    kernel: Tensor = (-beta * distance).exp()
+    return kernel
 
 
 def expected_likelihood(log_p: Tensor) -> Tensor:
     """sum p p' over their norms: [n, n], 1 on the diagonal."""
     p = log_p.exp()
     p = p / p.norm(dim=-1, keepdim=True)
-    return p @ p.T
+    kernel: Tensor = p @ p.T
+    return kernel
 
 
 def dirichlet_energy(features: Tensor, kernel: Tensor) -> float:
