@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.budget import Budget
 from specdec.engine.costs import remembered
-from specdec.engine.engine import Engine, Limits
+from specdec.engine.engine import Engine, Limits, check_request
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Finish, Piece, Request
 from specdec.engine.text import TextStream
@@ -123,6 +124,7 @@ class SpecDecoder:
         self.loaded, self.engine = loaded, engine
         self.tokenizer = loaded.tokenizer
         self._ids = itertools.count()
+        self._mail: dict[str, deque[Piece]] = {}  # pieces by running request, until their reader comes
 
     @classmethod
     def from_pretrained(
@@ -214,20 +216,30 @@ class SpecDecoder:
         yield from self._drive([request])
 
     def _drive(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """Pieces of these requests; those of others that run meanwhile are kept for their own readers."""
+        engine = self.engine
         for request in requests:
-            self.engine.add(request)
-        open_ids = {request.id for request in requests}
+            check_request(request, engine.limits.length, engine.target.info.vocab)
+        mail = [self._mail.setdefault(request.id, deque()) for request in requests]
         try:
-            while open_ids:
-                for piece in self.engine.step():
-                    if piece.finish:
-                        open_ids.discard(piece.request)
-                    yield piece
+            for request in requests:
+                engine.add(request)
+            while any(request.finish is None for request in requests) or any(mail):
+                yield from _emptied(mail)
+                if any(request.finish is None for request in requests):
+                    self._post(engine.step())
         finally:
-            for request_id in open_ids:
-                self.engine.cancel(request_id)
-            if open_ids:
-                self.engine.step()
+            for request in requests:
+                self._mail.pop(request.id, None)
+            if unfinished := [request for request in requests if request.finish is None]:
+                for request in unfinished:
+                    engine.cancel(request.id)
+                self._post(engine.step())
+
+    def _post(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if piece.request in self._mail:
+                self._mail[piece.request].append(piece)
 
     async def agenerate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None
@@ -244,6 +256,12 @@ class SpecDecoder:
                 yield piece  # type: ignore[misc]
         finally:
             pieces.close()  # type: ignore[attr-defined]
+
+
+def _emptied(mail: Sequence[deque[Piece]]) -> Iterator[Piece]:
+    for box in mail:
+        while box:
+            yield box.popleft()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -236,12 +236,11 @@ class _Growth:
         return bool(self.scores.exp().sum(dim=1).max() >= self.shape.level_floor)
 
     def finish(self, roots: Tensor) -> DraftTree:
-        """The tree of the likeliest nodes above the floor."""
+        """The tree of the likeliest nodes that are worth their price."""
         scores = torch.cat(self.all_scores, dim=1)
         nodes = self.shape.nodes
-        if self.shape.node_floor > 0:
-            worth = (scores.exp() >= self.shape.node_floor).sum(dim=1)
-            nodes = min(nodes, 1 + int(worth.max()))
+        if self.shape.prices:
+            nodes = self.shape.worth(scores.topk(min(nodes - 1, scores.shape[1]), dim=1).values.exp())
         if nodes == 1:
             return trees.root_only(roots)
         return trees.rerank(

@@ -120,6 +120,11 @@ class _Sketch:
         self.scores.append(score)
         return node
 
+    def first(self, nodes: int) -> _Sketch:
+        """The best `nodes` nodes: they were added best first, so a beginning is a tree."""
+        lists = (self.tokens, self.parents, self.depths, self.ancestors, self.scores)
+        return _Sketch(*(values[:nodes] for values in lists))  # type: ignore[arg-type]  # one type per list
+
 
 class NgramDrafter:
     """Trees out of the request's own text.
@@ -150,12 +155,15 @@ class NgramDrafter:
         """Best-first trees; scores are estimated path log-probabilities.
 
         Nodes below `shape.node_floor` are left out, and so is the first level whose summed probability is
-        below `shape.level_floor`, with all that lies deeper.
+        below `shape.level_floor`, with all that lies deeper; then what is not worth `shape.prices`.
         """
         if shape.depth < 1 or shape.width < 1 or shape.nodes < 2:
             return root_only(context.roots)
         pairs = zip(context.slots.tolist(), context.roots.tolist(), strict=True)
         sketches = [self._grow(self._texts[slot], root, shape) for slot, root in pairs]
+        if shape.prices:
+            nodes = shape.worth(_falling(sketches))
+            sketches = [sketch.first(nodes) for sketch in sketches]
         if all(len(sketch.tokens) == 1 for sketch in sketches):
             return root_only(context.roots)
         return _tensors(sketches, context.roots.device)
@@ -253,6 +261,15 @@ def _cut(sketch: _Sketch, level_floor: float) -> _Sketch:
         if 0 < depth < end:
             place[node] = cut.add(sketch.tokens[node], place[sketch.parents[node]], sketch.scores[node])
     return cut
+
+
+def _falling(sketches: Sequence[_Sketch]) -> torch.Tensor:
+    """Path probabilities of the nodes beyond the roots, best first, float32 [B, C] padded with zeros."""
+    most = max(len(sketch.scores) for sketch in sketches)
+    rows = [
+        [math.exp(s) for s in sketch.scores[1:]] + [0.0] * (most - len(sketch.scores)) for sketch in sketches
+    ]
+    return torch.tensor(rows)
 
 
 def _tensors(sketches: Sequence[_Sketch], device: torch.device) -> DraftTree:

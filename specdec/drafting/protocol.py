@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from specdec.accept import Verdict
@@ -24,6 +25,7 @@ class Shape:
         nodes: N, the root included.
         node_floor: a node whose path probability is below is not verified.
         level_floor: growth stops where the frontier's summed path probability is below.
+        prices: tokens that verifying 1, 2, ... nodes of each request costs beyond one; empty when nodes are free.
     """
 
     depth: int
@@ -31,6 +33,21 @@ class Shape:
     nodes: int
     node_floor: float = 0.0
     level_floor: float = 0.0
+    prices: tuple[float, ...] = ()
+
+    def worth(self, probs: Tensor) -> int:
+        """The number of nodes, root included, whose expected gain beyond their price is largest.
+
+        Args:
+            probs: float [B, C] path probabilities of each request's candidates, falling along a row.
+        """
+        probs = probs[:, : self.nodes - 1]
+        if not self.prices:
+            return 1 + probs.shape[1]
+        paid = torch.tensor(self.prices[1 : probs.shape[1] + 1], dtype=probs.dtype, device=probs.device)
+        gain = probs[:, : len(paid)].mean(dim=0).cumsum(dim=0) - paid
+        best = int(gain.argmax()) if len(gain) else 0
+        return 2 + best if len(gain) and gain[best] > 0 else 1
 
 
 PLAIN = Shape(0, 0, 1)

@@ -7,15 +7,23 @@ of speculation earn less than plain ones, it is switched off and tried again lat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from specdec.drafting.protocol import PLAIN, Shape
+from specdec.tree import DraftTree
 
 DECAY = 0.95  # of the running rate of speculation: about the last twenty rounds
 TRIAL = 12  # rounds before speculation may be judged
 SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
+FEW_NODES = 16  # nodes over which the price of a single one is averaged
+LEAST_TRUST = (
+    0.25  # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
+)
 CARRY = 0.6  # share of a frontier's mass that the next level is expected to win
 
 
@@ -43,12 +51,6 @@ class CostTable:
             return 0.0
         return _between(self.extend, batch, float) + (levels - 1) * _between(self.level, batch, float)
 
-    def node_ms(self, batch: int) -> float:
-        """Milliseconds one more node in each of `batch` trees costs, the average over the measured range."""
-        row = self.verify[min(self.verify, key=lambda b: abs(b - batch))]
-        most = max(row)
-        return max((row[most] - row[1]) / max(most - 1, 1), 1e-6)
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "verify": {b: dict(row) for b, row in self.verify.items()},
@@ -57,15 +59,25 @@ class CostTable:
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> CostTable:
-        def keys(row: Mapping[str, Any]) -> dict[int, float]:
-            return {int(k): float(v) for k, v in row.items()}
+    def from_dict(data: Any) -> CostTable:
+        """Inverse of `as_dict`, also through JSON. Raises ValueError for anything that is not a table."""
+        try:
+            verify = {int(b): _milliseconds(row) for b, row in data["verify"].items()}
+            table = CostTable(verify, _milliseconds(data["level"]), _milliseconds(data["extend"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a cost table: {error!r}") from error
+        if not verify or any(1 not in row for row in verify.values()):
+            raise ValueError("the cost table lacks cells")
+        if table.level.keys() != table.extend.keys():
+            raise ValueError("the cost table knows levels and extensions of different batches")
+        return table
 
-        return CostTable(
-            {int(b): keys(row) for b, row in data["verify"].items()},
-            keys(data["level"]),
-            keys(data["extend"]),
-        )
+
+def _milliseconds(row: Mapping[str, Any]) -> dict[int, float]:
+    out = {int(k): float(v) for k, v in row.items()}
+    if not all(0 < ms < math.inf for ms in out.values()):
+        raise ValueError("milliseconds must be positive numbers")
+    return out
 
 
 def _between(table: Mapping[int, Any], at: int, value: Callable[[Any], float]) -> float:
@@ -86,18 +98,29 @@ def _between(table: Mapping[int, Any], at: int, value: Callable[[Any], float]) -
 
 @dataclass(slots=True)
 class _Trial:
-    """The running rate of speculation at one batch size, and whether it is paused."""
+    """Running sums of speculation at one batch size: what it earned, what drafts promised, whether it is paused."""
 
     tokens: float = 0.0
     ms: float = 0.0
+    promised: float = 0.0
+    kept: float = 0.0
     rounds: int = 0
     paused: int = 0
     pause: int = SHORTEST_PAUSE
 
-    def note(self, tokens: float, ms: float) -> None:
+    def note(self, tokens: float, ms: float, promised: float, kept: float) -> None:
+        """Add a round; older ones fade."""
         self.tokens = self.tokens * DECAY + tokens
         self.ms = self.ms * DECAY + ms
+        self.promised = self.promised * DECAY + promised
+        self.kept = self.kept * DECAY + kept
         self.rounds += 1
+
+    def trust(self) -> float:
+        """Accepted drafts over promised ones: how far the drafter's own probabilities can be believed."""
+        if self.rounds < TRIAL // 2 or self.promised <= 0:
+            return 1.0
+        return min(max(self.kept / self.promised, LEAST_TRUST), 1 / LEAST_TRUST)
 
 
 @dataclass(slots=True)
@@ -123,10 +146,18 @@ class Budget:
         if trial.paused > 0:
             trial.paused -= 1
             return PLAIN
-        rate = self._rate(batch, trial)
-        node = rate * self.costs.node_ms(batch) / batch
+        # time in tokens per request, and in the drafter's own currency: a node promising p brings trust * p
+        worth = self._rate(batch, trial) / batch / trial.trust()
+        one = self.costs.verify_ms(batch, 1)
+        prices = [worth * (self.costs.verify_ms(batch, n) - one) for n in range(1, self.limit.nodes + 1)]
+        few = min(FEW_NODES, self.limit.nodes)
         level = self.costs.draft_ms(batch, 2) - self.costs.draft_ms(batch, 1)
-        return Shape(self.limit.depth, self.limit.width, self.limit.nodes, node, rate * level / batch / CARRY)
+        return replace(
+            self.limit,
+            node_floor=prices[few - 1] / max(few - 1, 1),
+            level_floor=worth * level / CARRY,
+            prices=tuple(prices),
+        )
 
     def _rate(self, batch: int, trial: _Trial) -> float:
         """Tokens per millisecond that time is worth now: at least what plain decoding earns."""
@@ -134,13 +165,14 @@ class Budget:
         plain = batch / self.costs.verify_ms(batch, 1)
         return max(plain, trial.tokens / trial.ms) if trial.ms and trial.rounds >= TRIAL // 2 else plain
 
-    def note(self, shape: Shape, batch: int, nodes: int, levels: int, emitted: int) -> None:
-        """A round ended: `batch` trees of `nodes` nodes and `levels` levels gave `emitted` tokens in all."""
+    def note(self, shape: Shape, tree: DraftTree, emitted: int) -> None:
+        """A round over `tree` gave `emitted` tokens in all."""
         if shape.depth == 0 or not self.adaptive or self.costs is None:
             return
+        batch, levels = len(tree.tokens), int(tree.depths.max())
         trial = self.trials.setdefault(_bucket(batch), _Trial())
-        spent = self.costs.verify_ms(batch, nodes) + self.costs.draft_ms(batch, levels)
-        trial.note(emitted, spent)
+        spent = self.costs.verify_ms(batch, tree.nodes) + self.costs.draft_ms(batch, max(levels, 1))
+        trial.note(emitted, spent, _promised(tree), emitted - batch)
         if trial.rounds < TRIAL:
             return
         if trial.tokens / trial.ms < batch / self.costs.verify_ms(batch, 1):
@@ -149,6 +181,14 @@ class Budget:
             )
         elif trial.rounds > 4 * TRIAL:
             trial.pause = SHORTEST_PAUSE
+
+
+def _promised(tree: DraftTree) -> float:
+    """Drafts the drafter expects to see accepted: the sum of its nodes' path probabilities."""
+    if tree.scores is None or tree.nodes == 1:
+        return 0.0
+    used = torch.arange(1, tree.nodes, device=tree.sizes.device) < tree.sizes[:, None]
+    return float((tree.scores[:, 1:].exp() * used).sum())
 
 
 def _bucket(batch: int) -> int:

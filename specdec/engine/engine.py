@@ -107,7 +107,7 @@ class Engine:
             try:
                 token, logprob = self.prefill.advance(request)
             except Exception as error:  # one bad request must not take the others down
-                return [self._end(request, "error", str(error))]
+                return [self._end(request, "error", _told(error))]
             request.counters.seconds["prefill"] += time.perf_counter() - started
             self.counters.seconds["prefill"] += time.perf_counter() - started
             return [] if token is None else [self._hand_out(request, [token], [False], logprob)]
@@ -121,13 +121,12 @@ class Engine:
             outcome = self.rounds.run(batch, shape)
         except Exception as error:
             if len(running) == 1:
-                return [self._end(running[0], "error", str(error))]
+                return [self._end(running[0], "error", _told(error))]
             return [
                 piece for request in running for piece in self._round([request])
             ]  # find the culprit alone
         emitted = int(outcome.verdict.counts.sum())
-        levels = int(outcome.tree.depths.max())
-        self.budget.note(shape, len(running), outcome.tree.nodes, levels, emitted)
+        self.budget.note(shape, outcome.tree, emitted)
         if self.recorder is not None:
             self.recorder.record(_as_round(batch, outcome))
         return self._settle(batch, outcome)
@@ -136,18 +135,19 @@ class Engine:
         """Hand tokens to their requests and count."""
         counts, tokens = outcome.verdict.counts.tolist(), outcome.verdict.tokens.tolist()
         offered, sizes = outcome.verdict.offered.tolist(), outcome.tree.sizes.tolist()
-        sick = outcome.logits[:, 0].amax(dim=-1).isnan().tolist()
+        sick = _sick(outcome)
         pieces = []
         for row, request in enumerate(batch.requests):
             _add_seconds(request.counters, outcome)
             if sick[row]:
                 pieces.append(self._end(request, "error", "the target's logits are not numbers (NaN)"))
                 continue
-            logprobs = _logprobs(outcome, row, request)
             given = tokens[row][: counts[row]]
             drafted = [True] * (counts[row] - 1) + [False]
             before = len(request.output)
-            pieces.append(self._hand_out(request, given, drafted, logprobs))
+            pieces.append(self._hand_out(request, given, drafted, _logprobs(outcome, row, request)))
+            if request.finish == "error":
+                continue
             cut = len(request.output) - before < counts[row]
             for counters in (request.counters, self.counters):
                 counters.add_round(counts[row], offered[row], sizes[row], cut=cut)
@@ -165,8 +165,11 @@ class Engine:
             request.first_token = time.perf_counter()
         kept = request.emit(tokens)
         request.logprobs += logprobs[: len(kept)]
-        if request.constraint is not None:
-            request.constraint.accept(kept)
+        try:
+            if request.constraint is not None:
+                request.constraint.accept(kept)
+        except Exception as error:  # a grammar that fails must not take the others down
+            return self._end(request, "error", _told(error), tokens=kept, drafted=drafted)
         if request.finish:
             return self._end(request, request.finish, tokens=kept, drafted=drafted)
         text = request.text.release() if request.text else ""
@@ -185,6 +188,8 @@ class Engine:
         request.finish, request.finished = finish, time.perf_counter()
         if request.slot >= 0:
             self.prefill.release(request)
+            if finish == "error":
+                self.prefill.wipe(request.slot)
             self.drafter.release(request.slot)
             del self.active[request.slot]
         text = request.text.release(final=True) if request.text else ""
@@ -194,6 +199,18 @@ class Engine:
 def _as_round(batch: Batch, outcome: Outcome) -> Round:
     ids = tuple(r.id for r in batch.requests)
     return Round(ids, outcome.tree, outcome.chosen, outcome.verdict, outcome.logits, outcome.features)
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _sick(outcome: Outcome) -> list[bool]:
+    """Which requests met logits that are not numbers at a node their answer goes through."""
+    kept = outcome.verdict.kept
+    rows = torch.arange(len(kept), device=kept.device)[:, None]
+    bad: list[bool] = outcome.logits[rows, kept].amax(dim=-1).isnan().any(dim=1).tolist()
+    return bad
 
 
 def _add_seconds(counters: Counters, outcome: Outcome) -> None:

@@ -15,6 +15,7 @@ from specdec.target.protocol import Target
 from specdec.tree import root_only
 
 WORTH_COPYING = 8  # shared tokens below which a prefix is simply computed
+SCORED_ROWS = 64  # logits of so many prompt tokens are held at once
 
 
 class Prefill:
@@ -33,6 +34,8 @@ class Prefill:
         source = max(shared, key=shared.__getitem__)
         slot = source if source in free else min(free, key=lambda s: (shared[s], len(self.held[s])))
         rows = min(shared[source], len(request.prompt) - 1)
+        if request.prompt_logprobs is not None:
+            rows = 0  # logits are not kept: what is to be scored has to run
         rows = self.drafter.reuse(source, slot, rows if rows >= WORTH_COPYING else 0)
         self.cache.copy_prefix(source, slot, rows)
         request.slot, request.prefilled, request.reused = slot, rows, rows
@@ -51,6 +54,8 @@ class Prefill:
         request.prefilled = stop
         request.features.append(states.features[0])
         self.held[request.slot] = request.prompt[:stop]
+        if request.prompt_logprobs is not None:
+            self._score(request, states.final, start, request.prompt_logprobs)
         if stop < len(request.prompt):
             return None, []
         token, logprobs = self._first(request, self.target.logits(states.final[:, -1:]))
@@ -58,6 +63,14 @@ class Prefill:
         self.drafter.admit(request.slot, prompt, torch.cat(request.features), token)
         request.features = []
         return token, logprobs
+
+    def _score(self, request: Request, final: torch.Tensor, start: int, top: int) -> None:
+        """Log-probabilities of the prompt tokens that follow the rows of a chunk, final [1, n, H]."""
+        following = request.prompt[start + 1 : start + 1 + final.shape[1]]
+        for at in range(0, len(following), SCORED_ROWS):
+            tokens = following[at : at + SCORED_ROWS]
+            logits = self.target.logits(final[:, at : at + len(tokens)])
+            request.prompt_scores += token_logprobs(logits[0], tokens, top)
 
     def _first(self, request: Request, logits: torch.Tensor) -> tuple[int, list[TokenLogprob]]:
         vocab, device = self.target.info.vocab, logits.device
@@ -81,6 +94,11 @@ class Prefill:
         request.features = []
         if request.output:
             self.held[request.slot] = (*request.prompt, *request.output)[: request.length]
+
+    def wipe(self, slot: int) -> None:
+        """Zero what a failed request left: NaN in rows that a mask hides would still spoil sums (0 x NaN)."""
+        self.cache.kv[:, :, slot].zero_()
+        self.held[slot] = ()
 
 
 def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

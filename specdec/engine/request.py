@@ -64,6 +64,8 @@ class Request:
         text: its text, or None when nobody wants text.
         constraint: a grammar or None.
         speculate: False runs this request plainly.
+        prompt_logprobs: score the prompt's own tokens and this many alternatives of each; None: nothing.
+        prompt_scores: of the prompt's tokens from the second on, once prefilled (see `prompt_logprobs`).
         output: emitted ids, the stop token included.
     """
 
@@ -74,6 +76,8 @@ class Request:
     text: TextStream | None = None
     constraint: Constraint | None = None
     speculate: bool = True
+    prompt_logprobs: int | None = None
+    prompt_scores: list[TokenLogprob] = field(default_factory=list)
     slot: int = -1
     prefilled: int = 0
     reused: int = 0

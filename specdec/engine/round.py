@@ -18,7 +18,7 @@ from specdec.drafting.protocol import Drafter, Shape
 from specdec.engine.batch import Batch
 from specdec.sampling import choose, process
 from specdec.target.protocol import Target
-from specdec.tree import DraftTree
+from specdec.tree import DraftTree, trim
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Rounds:
         """One draft, verify, accept cycle; afterwards the cache holds exactly the accepted tokens."""
         c = batch.context
         started = time.perf_counter()
-        tree = self.drafter.propose(c, shape)
+        tree = _plain_where_asked(self.drafter.propose(c, shape), batch)
         drafted = time.perf_counter()
         states = self.target.forward(
             tree.tokens, tree_rows(c.slots, c.lengths, tree), self.cache, self.drafter.taps
@@ -70,6 +70,14 @@ class Rounds:
             verified - drafted,
             accepted - verified,
         )
+
+
+def _plain_where_asked(tree: DraftTree, batch: Batch) -> DraftTree:
+    """Cut the trees of requests that run plainly among others back to their roots."""
+    speculate = [r.speculate for r in batch.requests]
+    if all(speculate) or tree.nodes == 1:
+        return tree
+    return trim(tree, torch.where(torch.tensor(speculate, device=tree.sizes.device), tree.sizes, 1))
 
 
 def _allowed(batch: Batch, tree: DraftTree, logits: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from specdec.engine.engine import Engine, check_request
 from specdec.engine.request import Piece, Request
+from specdec.errors import SpecdecError
 
 Deliver = Callable[[Piece], None]
 
@@ -28,6 +29,7 @@ class EngineWorker:
         self._cancels: deque[str] = deque()
         self._deliver: dict[str, Deliver] = {}
         self._wake = threading.Event()
+        self._door = threading.Lock()  # nothing enters the inbox once the thread has decided to end
         self._closing = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
@@ -50,9 +52,15 @@ class EngineWorker:
 
         Raises:
             RequestError: when it can never be served (checked here, in the caller's thread).
+            SpecdecError: when the worker is closing or its engine has failed.
         """
         check_request(request, self.engine.limits.length, self.engine.target.info.vocab)
-        self._inbox.append((request, deliver))
+        with self._door:
+            if self.failure is not None:
+                raise SpecdecError(f"has failed: {self.failure}", field="engine", remedy="Start it again.")
+            if self._closing:
+                raise SpecdecError("is shutting down", field="engine")
+            self._inbox.append((request, deliver))
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
@@ -62,7 +70,8 @@ class EngineWorker:
 
     def close(self, timeout: float | None = None) -> bool:
         """Finish what is queued and running, then stop; True when the thread ended in time."""
-        self._closing = True
+        with self._door:
+            self._closing = True
         self._wake.set()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -72,9 +81,12 @@ class EngineWorker:
             while self._turn():
                 pass
         except BaseException as error:  # the engine is gone: tell everyone who waits
-            self.failure = error
-            for request_id, deliver in [*self._deliver.items()]:
-                deliver(Piece(request_id, (), (), "", "error", f"the engine failed: {error}"))
+            with self._door:
+                self.failure = error
+                self._deliver |= {request.id: deliver for request, deliver in self._inbox}
+                self._inbox.clear()
+            for request_id in [*self._deliver]:
+                self._hand_over(Piece(request_id, (), (), "", "error", f"the engine failed: {error}"))
             raise
 
     def _turn(self) -> bool:
@@ -87,13 +99,24 @@ class EngineWorker:
         while self._cancels:
             self.engine.cancel(self._cancels.popleft())
         if not self.engine.busy:
-            if self._closing and not self._inbox:
-                return False
+            with self._door:
+                if self._closing and not self._inbox:
+                    return False
             self._wake.wait(timeout=1.0)
             return True
         for piece in self.engine.step():
-            deliver = self._deliver[piece.request]
-            if piece.finish:
-                del self._deliver[piece.request]
-            deliver(piece)
+            self._hand_over(piece)
         return True
+
+    def _hand_over(self, piece: Piece) -> None:
+        """Call back; a callback that fails loses its own request and nobody else's."""
+        deliver = self._deliver.get(piece.request)
+        if deliver is None:
+            return
+        if piece.finish:
+            del self._deliver[piece.request]
+        try:
+            deliver(piece)
+        except Exception:
+            self._deliver.pop(piece.request, None)
+            self.engine.cancel(piece.request)
