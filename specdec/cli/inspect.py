@@ -96,7 +96,10 @@ def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[
         facts["match"] = "yes"
     except MismatchError as error:
         facts["match"] = f"no: {error}"
-    facts["engines"] = {one.engine: "yes" if one.ok else "; ".join(one.reasons) for one in check(path)}
+    facts["engines"] = {
+        one.engine: "yes" if one.ok else "; ".join(one.reasons)
+        for one in check(path, taps=taps, target_layers=info.layers)
+    }
     return facts, facts["match"] == "yes"
 
 
