@@ -227,7 +227,8 @@ def claim_f2(
 def claim_f3(gaps: Tensor, lengths: Tensor, *, least: int = 6) -> Claim:
     """F3: tap sets ranked by probe gap order trained heads by accepted length.
 
-    Kendall of (-gap, length) >= 0.5. The tap sets are the sample, so the interval is over resampled documents of both sides.
+    Kendall of (-gap, length) >= 0.5. The tap sets are the sample, so the interval is over resampled documents
+    of both sides.
 
     Args:
         gaps: [B + 1, c] probe gap of each tap set; row 0 on all documents, the rest on resamples.

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_mess3_is_symmetric_and_its_etas_fall_to_the_filtered_entropy() -> None:
     source = mess3()
     etas = [source.eta(k) for k in range(1, 9)]
     assert etas[0] == pytest.approx(math.log(3))
-    assert all(b < a for a, b in zip(etas, etas[1:], strict=False))
+    assert all(b < a for a, b in pairwise(etas))
     toy = source.sample(400, 60, generator(2))
     entropy = -(toy.log_probs.exp() * toy.log_probs).sum(-1)[toy.position > 12].mean()
     assert float(entropy) == pytest.approx(source.eta(10), abs=0.004)
