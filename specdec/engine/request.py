@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from specdec.engine.text import TextStream
 from specdec.sampling import Sampling, uniforms
 from specdec.stats import Counters
 from specdec.tree import MAX_NODES, DraftTree
+
+FRESH_STREAM = 0x5DECDEC  # keeps a request's two streams of random numbers apart
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -91,11 +94,25 @@ class Request:
     finished: float | None = None
     uniforms: Tensor | None = None
 
+    _seed: int | None = None
+    _generator: torch.Generator | None = None
+
     def __post_init__(self) -> None:
         if not self.sampling.greedy:
-            seed = self.sampling.seed
-            seed = int(torch.seed()) if seed is None else seed
-            self.uniforms = uniforms(seed, self.sampling.max_tokens + MAX_NODES + 1)
+            self.uniforms = uniforms(self.seed, self.sampling.max_tokens + MAX_NODES + 1)
+
+    @property
+    def seed(self) -> int:
+        """The request's own seed; drawn once when none was given."""
+        if self._seed is None:
+            self._seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
+        return self._seed
+
+    def fresh(self, count: int) -> Tensor:
+        """Random numbers never handed out before, float64 [count]: what a sampled chain and its tests consume."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed((self.seed ^ FRESH_STREAM) & (2**64 - 1))
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
 
     @property
     def root(self) -> int:

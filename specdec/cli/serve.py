@@ -1,0 +1,81 @@
+"""`specdec serve`: an OpenAI-compatible server on a target and its drafter."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from specdec.cli.options import add_model, taps_of
+from specdec.errors import UnsupportedError
+
+KEY_VARIABLE = "SPECDEC_API_KEY"
+EXAMPLES = f"""\
+examples:
+  specdec serve
+  specdec serve ./my-model --draft ./my-head --host 0.0.0.0 --api-key SECRET
+  specdec serve --plain --port 8001
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{{"prompt": "Once", "max_tokens": 20}}'
+
+The page at / chats with the model; /metrics speaks vLLM's names. SIGTERM finishes what runs, then ends.
+${KEY_VARIABLE} is an --api-key that process lists do not show."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    add_model(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--plain", action="store_true", help="the baseline: no drafting")
+    parser.add_argument("--slots", type=int, default=8, help="requests that run at once (default: 8)")
+    parser.add_argument(
+        "--queue", type=int, default=256, help="requests that may wait beyond them (default: 256)"
+    )
+    parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help="ask for this key under /v1/")
+    parser.add_argument("--served-model-name", default=None, metavar="NAME", help="default: TARGET")
+    parser.add_argument(
+        "--request-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="of a whole answer (default: 600)",
+    )
+    parser.add_argument(
+        "--drain-timeout", type=float, default=60.0, metavar="SECONDS", help="after SIGTERM (default: 60)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from specdec.server.limits import ServerLimits
+        from specdec.server.listen import bind, make_server
+        from specdec.server.state import ServerState
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"needs a package that is missing: {error.name}", remedy="pip install 'specdec[serve]'"
+        ) from None
+    from specdec.cli.session import options_of
+    from specdec.generate import SpecDecoder
+
+    limits = ServerLimits(
+        queue=args.queue, request_seconds=args.request_timeout, drain_seconds=args.drain_timeout
+    )
+    listener = bind(args.host, args.port)
+    with listener:
+        options = options_of(args, taps=taps_of(args.taps), slots=args.slots)
+        draft = "none" if args.plain else args.draft
+        decoder = SpecDecoder.from_pretrained(args.target, draft, options)
+        name = args.served_model_name or args.target
+        state = ServerState(decoder, name, limits, api_key=args.api_key or None)
+        host, port = listener.getsockname()[:2]
+        engine = decoder.engine
+        print(  # noqa: T201 - the face speaks here
+            f"{name} on {engine.target.info.device}, drafter {engine.drafter.name}, {args.slots} slots of "
+            f"{engine.limits.length} tokens: http://{host}:{port}",
+            file=sys.stderr,
+            flush=True,
+        )
+        make_server(state, args.host, port).run(sockets=[listener])
+    return 0 if state.worker.failure is None else 1

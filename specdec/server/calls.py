@@ -1,0 +1,167 @@
+"""One HTTP call's sequences on their way through the engine: events come out in order, leaving cancels what runs.
+
+The bridge between the engine's thread and the event loop: pieces are handed over with `call_soon_threadsafe`, and
+nobody waits for anybody. Knows nothing of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from specdec.engine.logprobs import TokenLogprob
+from specdec.engine.request import Piece, Request
+from specdec.server.errors import ApiError
+
+CANCELLED = "the request was cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Speculation in one round of one request: accepted draft tokens, and the depth on offer."""
+
+    accepted: int
+    offered: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A piece of one of a call's sequences.
+
+    Attributes:
+        index: of the sequence.
+        piece: tokens, text, how it ended.
+        logprobs: of the piece's tokens, when asked for.
+        step: what speculation did, None for plain rounds and the prefill.
+    """
+
+    index: int
+    piece: Piece
+    logprobs: tuple[TokenLogprob, ...]
+    step: Step | None
+
+
+class Engine(Protocol):
+    """What a call needs of the engine's worker."""
+
+    def submit(self, request: Request, deliver: Callable[[Piece], None]) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+
+class Observer(Protocol):
+    """Hears of every piece in the engine's thread, before the client does."""
+
+    def observe(self, request: Request, piece: Piece) -> Step | None: ...
+
+
+@dataclass(eq=False)
+class Call:
+    """The sequences of one HTTP request.
+
+    Args:
+        requests: one per sequence, not yet submitted.
+        engine: runs them.
+        observer: hears of their pieces.
+        closed: called in the event loop each time a sequence has left the engine.
+        seconds: time from now to the last token.
+    """
+
+    requests: Sequence[Request]
+    engine: Engine
+    observer: Observer
+    closed: Callable[[], None]
+    seconds: float
+    steps: dict[int, list[Step]] = field(default_factory=dict)
+    _queue: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    _open: set[int] = field(default_factory=set)
+    _deadline: float = 0.0
+
+    def submit(self) -> None:
+        """Hand every sequence to the engine. Raises what the engine refuses with; nothing runs then."""
+        loop = asyncio.get_running_loop()
+        self._deadline = time.monotonic() + self.seconds
+        try:
+            for index, request in enumerate(self.requests):
+                self.engine.submit(request, self._receiver(index, request, loop))
+                self._open.add(index)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _receiver(
+        self, index: int, request: Request, loop: asyncio.AbstractEventLoop
+    ) -> Callable[[Piece], None]:
+        """A callback for the engine's thread; it must never fail there."""
+        told = 0
+
+        def deliver(piece: Piece) -> None:
+            nonlocal told
+            step = self.observer.observe(request, piece)
+            logprobs = tuple(request.logprobs[told : told + len(piece.tokens)])
+            told += len(piece.tokens)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to listen
+                loop.call_soon_threadsafe(self._arrive, Event(index, piece, logprobs, step))
+
+        return deliver
+
+    def _arrive(self, event: Event) -> None:
+        if event.step is not None:
+            self.steps.setdefault(event.index, []).append(event.step)
+        if event.piece.finish:
+            self._open.discard(event.index)
+            self.closed()
+        self._queue.put_nowait(event)
+
+    @property
+    def running(self) -> int:
+        """Sequences that are still in the engine."""
+        return len(self._open)
+
+    def cancel(self) -> None:
+        """End what still runs before the next round."""
+        for index in self._open:
+            self.engine.cancel(self.requests[index].id)
+
+    async def events(self, keep_alive: float | None = None) -> AsyncGenerator[Event | None, None]:
+        """Events until every sequence has ended; None after `keep_alive` seconds of silence.
+
+        Closing the generator cancels what still runs.
+
+        Raises:
+            ApiError: 504 when the time is over, 500 when a sequence failed in the engine.
+        """
+        left = len(self.requests)
+        try:
+            while left:
+                event = await self._next(keep_alive)
+                if event is not None:
+                    _check(event.piece)
+                    left -= event.piece.finish is not None
+                yield event
+        finally:
+            self.cancel()
+
+    async def _next(self, keep_alive: float | None) -> Event | None:
+        remaining = self._deadline - time.monotonic()
+        patience = remaining if keep_alive is None else min(remaining, keep_alive)
+        try:
+            async with asyncio.timeout(max(patience, 0.0)):
+                return await self._queue.get()
+        except TimeoutError:
+            if time.monotonic() >= self._deadline:
+                late = f"no answer within {self.seconds:g} seconds"
+                raise ApiError(504, late, code="request_timeout") from None
+            return None
+
+
+def _check(piece: Piece) -> None:
+    """Raises ApiError when the sequence ended without an answer."""
+    if piece.finish == "error":
+        raise ApiError(500, piece.error or "the engine failed", code="generation_failed")
+    if piece.finish == "cancelled":
+        raise ApiError(503, CANCELLED, code="cancelled", retry_after=1)
