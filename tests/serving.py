@@ -15,12 +15,17 @@ import httpx
 import openai
 import tiny
 import torch
+from torch import Tensor
 
+from specdec.attention.protocol import Rows
+from specdec.cache import KVCache
 from specdec.drafting.protocol import Shape
-from specdec.generate import Options, SpecDecoder
+from specdec.generate import Options, SpecDecoder, make_engine
 from specdec.server.limits import ServerLimits
 from specdec.server.listen import DrainingServer, make_server
 from specdec.server.state import ServerState
+from specdec.target.load import LoadedTarget
+from specdec.target.protocol import States, Target
 
 MODEL = "tiny-llama"
 LENGTH = 256
@@ -43,14 +48,48 @@ class Live:
         return httpx.Client(base_url=self.url, timeout=30)
 
 
+class EngineDies(BaseException):
+    """Not an Exception: nothing in the engine stops it."""
+
+
+class TroubledTarget:
+    """A target that is slow, or meets trouble at certain tokens.
+
+    Args:
+        inner: does the work.
+        trouble: token that makes logits NaN, token that kills the engine, seconds every forward takes longer.
+    """
+
+    def __init__(self, inner: Target, trouble: Trouble) -> None:
+        self.inner, self.trouble, self.info = inner, trouble, inner.info
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
+        time.sleep(self.trouble.delay)
+        if bool((tokens == self.trouble.fatal).any()):
+            raise EngineDies
+        states = self.inner.forward(tokens, rows, cache, taps)
+        poisoned = (tokens == self.trouble.poison).any(dim=1)
+        return States(states.final.masked_fill(poisoned[:, None, None], torch.nan), states.features)
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    poison: int = -1
+    fatal: int = -1
+    delay: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What differs between servers; `change` may spoil the state before it starts."""
+    """What differs between servers."""
 
     slots: int = 3
     api_key: str | None = None
     limits: ServerLimits = field(default_factory=ServerLimits)
-    change: Callable[[ServerState], None] | None = None
+    trouble: Trouble = field(default_factory=Trouble)
 
 
 def options(slots: int) -> Options:
@@ -65,10 +104,10 @@ def load(directory: Path) -> SpecDecoder:
 @contextmanager
 def running(decoder: SpecDecoder, setup: Setup) -> Iterator[Live]:
     """A live server with an engine of its own over the weights of `decoder`."""
-    own = decoder.with_drafter("ngram", options(setup.slots))
+    target: Any = TroubledTarget(decoder.loaded.target, setup.trouble)
+    loaded = LoadedTarget(target, decoder.tokenizer, decoder.loaded.files)
+    own = SpecDecoder(loaded, make_engine(target, "ngram", options(setup.slots)))
     state = ServerState(own, MODEL, setup.limits, setup.api_key)
-    if setup.change is not None:
-        setup.change(state)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = make_server(state, "127.0.0.1", 0)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
