@@ -32,7 +32,8 @@ class Prefill:
         """Choose a slot and take over the longest prefix that some slot already holds."""
         shared = {slot: _common(held, request.prompt) for slot, held in enumerate(self.held)}
         source = max(shared, key=shared.__getitem__)
-        slot = source if source in free else min(free, key=lambda s: (shared[s], len(self.held[s])))
+        spent = source in free and shared[source] == len(self.held[source])  # else others may want its rest
+        slot = source if spent else min(free, key=lambda s: (shared[s], len(self.held[s])))
         rows = min(shared[source], len(request.prompt) - 1)
         if request.prompt_logprobs is not None:
             rows = 0  # logits are not kept: what is to be scored has to run
