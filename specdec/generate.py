@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from specdec.engine.engine import Engine, Limits, check_request
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Finish, Piece, Request
 from specdec.engine.text import TextStream
-from specdec.errors import RequestError, SpecdecError
+from specdec.errors import RequestError, SpecdecError, UnsupportedError
 from specdec.head.checkpoint import load_head
 from specdec.head.match import check_match
 from specdec.head.pretrained import shipped_head
@@ -142,7 +142,7 @@ class SpecDecoder:
             SpecdecError: unknown target or head, a head of another target, broken weights, too little memory.
         """
         options = options or Options()
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = _usable(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = load_target(target, dtype=options.dtype, device=device, prefer=options.backend)
         return cls(loaded, make_engine(loaded.target, head, options))
 
@@ -156,16 +156,25 @@ class SpecDecoder:
             if not prompt:
                 raise RequestError("is empty", field="prompt", remedy="Give at least one character.")
             if not (chat and self.tokenizer.chat_template):
+                _check_text(prompt)
                 return tuple(self.tokenizer(prompt)["input_ids"])
             prompt = [{"role": "user", "content": prompt}]
         if all(isinstance(part, int) for part in prompt):
             return tuple(prompt)  # type: ignore[arg-type]
-        rendered = self.tokenizer.apply_chat_template(
-            [dict(m) for m in prompt if isinstance(m, Mapping)],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        return self._render([dict(m) for m in prompt if isinstance(m, Mapping)])
+
+    def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        if not self.tokenizer.chat_template:
+            raise RequestError("need a chat template, and this target has none", field="messages",
+                               remedy="Give the text itself, without roles.")  # fmt: skip
+        for message in messages:
+            _check_text(str(message.get("content", "")))
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # templates raise what they like about roles they do not know
+            raise RequestError(f"do not fit the chat template: {error}", field="messages") from error
         return tuple(rendered)
 
     def request(
@@ -264,6 +273,22 @@ def _emptied(mail: Sequence[deque[Piece]]) -> Iterator[Piece]:
             yield box.popleft()
 
 
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # lone surrogates: bytes of an argument or a \ud800 in JSON
+        raise RequestError(f"is not UTF-8 (character {error.start})", field="prompt") from None
+
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise UnsupportedError(f"cannot be used here: {told}", field="device", value=device) from None
+    return device
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many? A list of ints or of messages is one; a list of anything else is many."""
     if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int | Mapping):
@@ -290,14 +315,13 @@ def answer_of(request: Request, error: str | None = None) -> Answer:
 
 def make_engine(target: Target, head: str | Path | None, options: Options) -> Engine:
     """An engine over a loaded target: drafter, cost table, budget."""
-    length = options.max_length or min(target.info.max_length, 4096)
+    length = min(target.info.max_length, 4096) if options.max_length is None else options.max_length
     if length > target.info.max_length:
-        raise SpecdecError(
-            "is longer than the target was made for",
-            field="max_length",
-            value=length,
-            allowed=f"at most {target.info.max_length}",
-        )
+        raise SpecdecError("is longer than the target was made for", field="max_length", value=length,
+                           allowed=f"at most {target.info.max_length}")  # fmt: skip
+    if length < 2 or options.slots < 1:
+        raise SpecdecError("leave no room for a request", field="max_length, slots", value=(length, options.slots),
+                           allowed="at least 2 tokens and 1 slot")  # fmt: skip
     limits = Limits(slots=options.slots, length=length)
     drafter = make_drafter(target, head, options, limits)
     return Engine(target, drafter, _budget(target, drafter, options, limits), limits)
@@ -331,6 +355,10 @@ def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) 
     if isinstance(drafter, NoDrafter):
         return Budget(None, PLAIN, adaptive=False)
     if options.tree is not None:
+        if options.tree.sampled and not isinstance(drafter, EagleDrafter):
+            raise SpecdecError(
+                "needs a draft head to draw from", field="tree", value="sampled", remedy="Give a head."
+            )
         return Budget(None, options.tree, adaptive=False)
     scratch = KVCache(target.info.cache, limits.slots, min(limits.length, 512) + MAX_NODES)
     costs = remembered(target, drafter, scratch, cache_directory() / "costs")
@@ -339,15 +367,20 @@ def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) 
 
 
 def parse_tree(text: str) -> Shape | None:
-    """ "auto" or "depth/top-k/nodes", such as 7/10/60. Raises SpecdecError otherwise."""
+    """ "auto", "depth/top-k/nodes" such as 7/10/60, or "sampled/depth" for chains drawn from the draft distribution
+    and block-verified. Raises SpecdecError otherwise."""
     if text == "auto":
         return None
-    parts: Iterable[str] = text.split("/")
+    kind, _, length = text.partition("/")
     try:
-        depth, width, nodes = (int(part) for part in parts)
+        depth, width, nodes = (
+            (int(length), 1, int(length) + 1)
+            if kind == "sampled"
+            else (int(part) for part in text.split("/"))
+        )
     except ValueError:
         raise SpecdecError(
-            "is not a tree", field="tree", value=text, allowed="auto or depth/top-k/nodes"
+            "is not a tree", field="tree", value=text, allowed="auto, depth/top-k/nodes or sampled/depth"
         ) from None
     if depth < 1 or width < 1 or not 2 <= nodes <= MAX_NODES:
         raise SpecdecError(
@@ -356,4 +389,4 @@ def parse_tree(text: str) -> Shape | None:
             value=text,
             allowed=f"depth and top-k of at least 1, 2 to {MAX_NODES} nodes",
         )
-    return Shape(depth, width, nodes)
+    return Shape(depth, width, nodes, sampled=kind == "sampled")

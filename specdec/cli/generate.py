@@ -7,12 +7,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdec.cli.options import add_model, add_sampling, sampling_of, taps_of
 from specdec.cli.prompts import Dialogue, read_dialogues, read_stdin
 from specdec.errors import RequestError
-from specdec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from specdec.sampling import Sampling
 
 EXAMPLES = """\
 examples:
@@ -80,7 +82,7 @@ def _answers(
     messages = [dict(m) for m in dialogue.messages]
     for turn, text in enumerate(dialogue.turns):
         messages.append({"role": "user", "content": text})
-        prompt = text if args.raw else decoder.encode(messages)
+        prompt = text if args.raw or len(messages) == 1 else messages
         show = None if args.json else ("tree" if args.show_tree else "text")
         answer = stream_answer(decoder, prompt, sampling, show, chat=not args.raw)
         if answer.error:

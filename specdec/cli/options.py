@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from specdec.errors import SpecdecError
-from specdec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from specdec.sampling import Sampling
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
 
 
 def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
@@ -51,17 +55,24 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:
-    """--temperature and its family; defaults are the library's."""
-    defaults = Sampling()
-    parser.add_argument(
-        "--temperature", type=float, default=defaults.temperature, help="0 is greedy (default)"
+    """--temperature and its family; what is not given stays out of the namespace and keeps the library's default."""
+
+    def number(flag: str, kind: type, help_text: str | None = None) -> None:
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help_text)
+
+    number("--temperature", float, "0 is greedy (default)")
+    number("--top-p", float, "keep the smallest set of likeliest tokens with this mass")
+    number("--top-k", int, "keep so many of the likeliest tokens; 0 keeps all (default)")
+    number("--min-p", float, "keep tokens at least this fraction of the likeliest")
+    number("--repetition-penalty", float, "1 is none (default)")
+    number(
+        "--max-tokens",
+        int,
+        "at most so many new tokens" + (f" (default: {max_tokens})" if max_tokens else ""),
     )
-    parser.add_argument("--top-p", type=float, default=defaults.top_p)
-    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 keeps all")
-    parser.add_argument("--min-p", type=float, default=defaults.min_p)
-    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty)
-    parser.add_argument("--max-tokens", type=int, default=max_tokens or defaults.max_tokens)
-    parser.add_argument("--seed", type=int, default=None)
+    number("--seed", int, "makes sampling repeat exactly")
+    if max_tokens:
+        parser.set_defaults(max_tokens=max_tokens)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)"
     )
@@ -70,17 +81,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None = No
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """The settings the flags ask for. Raises RequestError naming the one that is out of range."""
-    return Sampling(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-    )
+    from specdec.sampling import Sampling  # here, because it needs torch and `--help` must not wait for that
+
+    given = {name: getattr(args, name) for name in SETTINGS if name in args}
+    return Sampling(**given, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
 
 
 def taps_of(text: str | None) -> tuple[int, ...] | None:

@@ -71,6 +71,7 @@ def stream_answer(
                 sys.stdout.flush()
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
+        request.finish = request.finish or "cancelled"  # also where Ctrl-C came before the first step
     if show:
         sys.stdout.write("\n")
         sys.stdout.flush()
