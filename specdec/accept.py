@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.sampling import draw
 from specdec.tree import DraftTree
 
 
@@ -99,7 +100,7 @@ def verify_block(tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, unif
     passed = uniforms[:, :g] < torch.stack(tests, dim=1)
     place = torch.arange(1, g + 1, device=tokens.device)
     accepted = torch.where(passed, place, 0).amax(dim=1)
-    bonus = _draw(_residual(torch.stack(weights, 1), draft_probs, target_probs, accepted), uniforms[:, g])
+    bonus = draw(_residual(torch.stack(weights, 1), draft_probs, target_probs, accepted), uniforms[:, g])
     columns = torch.arange(g + 1, device=tokens.device)
     drafts = torch.cat([tokens, tokens[:, -1:]], dim=1)
     emitted = torch.where(
@@ -122,11 +123,3 @@ def _residual(weights: Tensor, draft_probs: Tensor, target_probs: Tensor, accept
     # no mass left can only be rounding (p equals q there): then p itself is the law
     whole = (accepted == g) | (left.sum(dim=-1) <= 0)
     return torch.where(whole[:, None], p, left)
-
-
-def _draw(mass: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw from unnormalised rows. mass [B, V], uniform [B] -> int64 [B]"""
-    heights = mass.to(torch.float64).cumsum(dim=-1)
-    return torch.searchsorted(heights, (uniform[:, None] * heights[:, -1:]), right=True)[:, 0].clamp(
-        max=mass.shape[-1] - 1
-    )

@@ -22,6 +22,7 @@ from specdec.tree import DraftTree
 
 MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
 COLDEST = 1e-5  # smaller temperatures act as this one: below it quotients of logits leave float32
+WORD = 2**64 - 1  # a 64-bit word, all bits set
 NUCLEUS_HEAD = 1024  # most nuclei fit in so many tokens; the full sort is only made where one does not
 
 
@@ -290,7 +291,36 @@ def choose(processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: T
     return torch.where(batch.temperature[:, None] > 0, drawn.clamp(max=processed.shape[-1] - 1), best)
 
 
+def spread(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities at each row's temperature; a point on the argmax where it is 0.
+
+    logits float32 [B, ..., V], temperature float32 [B] -> float32 [B, ..., V].
+    """
+    heat = temperature.view(-1, *[1] * (logits.dim() - 1))
+    warm = torch.softmax(logits / torch.where(heat > 0, heat, 1.0), dim=-1)
+    point = torch.zeros_like(warm).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where(heat > 0, warm, point)
+
+
+def draw(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw from rows of (unnormalised) mass [B, V] at uniform [B] -> int64 [B]."""
+    heights = mass.cumsum(dim=-1, dtype=torch.float64)
+    found = torch.searchsorted(heights, uniform[:, None] * heights[:, -1:], right=True)[:, 0]
+    return found.clamp(max=mass.shape[-1] - 1)
+
+
+def generator(seed: int, stream: int = 0) -> torch.Generator:
+    """A generator on the host for one of a request's streams of random numbers.
+
+    The seed is mixed first (SplitMix64's finaliser, Steele et al. 2014): neighbouring seeds of a Mersenne twister give
+    related numbers, and people count their seeds up from 0.
+    """
+    z = (seed + (stream + 1) * 0x9E3779B97F4A7C15) & WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+    return torch.Generator().manual_seed(z ^ (z >> 31))
+
+
 def uniforms(seed: int, count: int) -> Tensor:
     """The request's own random numbers u_0 ... u_{count-1}. float64 [count], on the host."""
-    generator = torch.Generator().manual_seed(seed & (2**64 - 1))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.rand(count, generator=generator(seed), dtype=torch.float64)

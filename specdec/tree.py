@@ -32,6 +32,8 @@ class DraftTree:
         ancestors: int64 [B, N], 64-bit words of ancestors-or-self.
         sizes: int64 [B], nodes in use; nodes beyond are inert padding that nothing follows.
         scores: float32 [B, N] or None, the drafter's log-probability of the path to each node.
+        probs: float32 [B, N - 1, V] or None; for chains whose tokens were drawn at random, the distribution each was
+            drawn from. None says that the tree is a deterministic function of its context.
     """
 
     tokens: Tensor
@@ -40,6 +42,7 @@ class DraftTree:
     ancestors: Tensor
     sizes: Tensor
     scores: Tensor | None = None
+    probs: Tensor | None = None
 
     @property
     def nodes(self) -> int:

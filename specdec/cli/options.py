@@ -43,8 +43,8 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         parser.add_argument(
             "--tree",
             default="auto",
-            metavar="DEPTH/TOPK/NODES",
-            help="a fixed tree such as 7/10/60 (default: measured budget)",
+            metavar="TREE",
+            help="a fixed tree such as 7/10/60, or sampled/5 for block-verified chains (default: measured budget)",
         )
         parser.add_argument(
             "--taps",

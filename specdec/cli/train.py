@@ -26,11 +26,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the head and of the run")
     parser.add_argument("--recipe", default="cpu", help="cpu, gpu, large or a YAML file (default: cpu)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="print plan, sizes, time and memory; do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, sizes, time and memory; do nothing"
+    )
     parser.add_argument("--max-minutes", type=float, default=None, help="stop cleanly with a usable head")
     parser.add_argument("--no-resume", action="store_true", help="refuse a directory that holds a run")
-    parser.add_argument("--endpoint", default=None, metavar="URL", help="let this OpenAI-compatible server answer")
-    parser.add_argument("--feature-cache-gb", type=float, default=None, help="disk for features between epochs")
+    parser.add_argument(
+        "--endpoint", default=None, metavar="URL", help="let this OpenAI-compatible server answer"
+    )
+    parser.add_argument(
+        "--feature-cache-gb", type=float, default=None, help="disk for features between epochs"
+    )
     parser.add_argument("--push-to-hub", default=None, metavar="ORG/NAME", help="upload the finished head")
 
 

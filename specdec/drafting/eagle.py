@@ -12,7 +12,7 @@ Dimension legend: B requests, K width, H head size, F feature width, Vd draft vo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from specdec.attention.protocol import Rows, TreeAttention, chunk_rows, level_ro
 from specdec.cache import KVCache
 from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
+from specdec.sampling import draw, spread
 from specdec.tree import MAX_NODES, DraftTree
 
 CHUNK = 512  # rows of a prompt the head reads at once
@@ -97,11 +98,34 @@ class EagleDrafter:
         if shape.depth == 0 or shape.nodes == 1:
             return trees.root_only(context.roots)
         y = self._extend(context)
+        if shape.sampled:
+            return self._sample_chain(context, shape, y)
         growth = _Growth(self.head.ids, shape)
         frontier_y = growth.level(self._log_probs(y[:, None]), y[:, None])
         while growth.worth_another():
             frontier_y = growth.level(*self._step(context, growth, frontier_y))
         return growth.finish(context.roots)
+
+    def _sample_chain(self, context: Context, shape: Shape, y: Tensor) -> DraftTree:
+        """A chain drawn token by token from the head's distribution at the request's temperature, with that
+        distribution over the target's vocabulary: what block verification needs to stay exact."""
+        assert context.draws is not None and context.temperature is not None, "sampled chains need draws"
+        tokens, probs = [context.roots], []
+        rows = torch.arange(len(y), device=y.device)
+        own = torch.zeros(len(y), 1, dtype=torch.int64, device=y.device)
+        for depth in range(1, shape.depth + 1):
+            if depth > 1:
+                own = own | (1 << (depth - 2))
+                position = (context.lengths + depth - 2)[:, None]
+                step = level_rows(context.slots, context.lengths, position, own, depth - 2)
+                y = self._forward(tokens[-1][:, None], self.head.feedback(y)[:, None], step)[:, 0]
+            q = spread(self.head.logits(y).float(), context.temperature)
+            drawn = draw(q, context.draws[:, depth - 1])
+            tokens.append(self.head.ids[drawn])
+            full = q.new_zeros(len(y), self.head.config.vocab)
+            full[rows[:, None], self.head.ids] = q
+            probs.append(full)
+        return replace(trees.chain(torch.stack(tokens, dim=1)), probs=torch.stack(probs, dim=1))
 
     def _log_probs(self, y: Tensor) -> Tensor:
         return self.head.logits(y).float().log_softmax(dim=-1)

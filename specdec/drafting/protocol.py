@@ -25,6 +25,7 @@ class Shape:
         nodes: N, the root included.
         node_floor: a node whose path probability is below is not verified.
         level_floor: growth stops where the frontier's summed path probability is below.
+        sampled: draw one chain at random from the draft distribution instead of growing a deterministic tree.
         prices: tokens that verifying 1, 2, ... nodes of each request costs beyond one; empty when nodes are free.
     """
 
@@ -34,6 +35,7 @@ class Shape:
     node_floor: float = 0.0
     level_floor: float = 0.0
     prices: tuple[float, ...] = ()
+    sampled: bool = False
 
     def worth(self, probs: Tensor) -> int:
         """The number of nodes, root included, whose expected gain beyond their price is largest.
@@ -61,11 +63,15 @@ class Context:
         slots: int64 [B], their cache slots; a drafter keeps its own state by slot.
         roots: int64 [B], newest emitted tokens.
         lengths: int64 [B], committed tokens = position of the root.
+        temperature: float32 [B], what the target's logits are divided by; 0 is greedy.
+        draws: float64 [B, D] fresh random numbers for sampled chains, or None where trees are deterministic.
     """
 
     slots: Tensor
     roots: Tensor
     lengths: Tensor
+    temperature: Tensor | None = None
+    draws: Tensor | None = None
 
 
 class Drafter(Protocol):

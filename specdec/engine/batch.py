@@ -24,6 +24,7 @@ class Batch:
         sampling: their settings as tensors.
         uniforms: float64 [B, MAX_NODES + 1] random numbers from the next output position on.
         seen: counts for penalties, or None.
+        tests: float64 [B, MAX_NODES] fresh random numbers for block verification, or None without sampled chains.
     """
 
     requests: tuple[Request, ...]
@@ -31,17 +32,20 @@ class Batch:
     sampling: BatchSampling
     uniforms: Tensor
     seen: Seen | None
+    tests: Tensor | None = None
 
     @staticmethod
-    def of(requests: Sequence[Request], vocab: int, device: torch.device) -> Batch:
+    def of(requests: Sequence[Request], vocab: int, device: torch.device, *, chains: bool = False) -> Batch:
         """Gather running requests. Sampling tensors are small and made anew each round."""
         columns = torch.tensor(
             [(r.slot, r.root, r.length) for r in requests], dtype=torch.int64, device=device
         )
         sampling = BatchSampling.of([r.sampling for r in requests], vocab, device)
-        context = Context(columns[:, 0], columns[:, 1], columns[:, 2])
+        fresh = torch.stack([r.fresh(2 * MAX_NODES) for r in requests]).to(device) if chains else None
+        draws, tests = (None, None) if fresh is None else fresh.chunk(2, dim=1)
+        context = Context(columns[:, 0], columns[:, 1], columns[:, 2], sampling.temperature, draws)
         seen = count_seen(requests, vocab, device, root=True) if sampling.penalties is not None else None
-        return Batch(tuple(requests), context, sampling, draw_ahead(requests, sampling, device), seen)
+        return Batch(tuple(requests), context, sampling, draw_ahead(requests, sampling, device), seen, tests)
 
 
 def draw_ahead(requests: Sequence[Request], sampling: BatchSampling, device: torch.device) -> Tensor:

@@ -114,10 +114,12 @@ class Engine:
         return []
 
     def _round(self, running: list[Request]) -> list[Piece]:
-        plain = all(not r.speculate for r in running)
-        shape = PLAIN if plain else self.budget.shape(len(running))
+        speculate = [r.speculate for r in running]
+        shape = self.budget.shape(len(running)) if any(speculate) else PLAIN
+        if shape.sampled and not all(speculate):
+            shape = PLAIN  # a sampled chain is verified as a whole batch or not at all
         try:
-            batch = Batch.of(running, self.target.info.vocab, self.target.info.device)
+            batch = Batch.of(running, self.target.info.vocab, self.target.info.device, chains=shape.sampled)
             outcome = self.rounds.run(batch, shape)
         except Exception as error:
             if len(running) == 1:

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.text import TextStream
-from specdec.sampling import Sampling, uniforms
+from specdec.sampling import Sampling, generator, uniforms
 from specdec.stats import Counters
 from specdec.tree import MAX_NODES, DraftTree
-
-FRESH_STREAM = 0x5DECDEC  # keeps a request's two streams of random numbers apart
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -111,7 +109,7 @@ class Request:
     def fresh(self, count: int) -> Tensor:
         """Random numbers never handed out before, float64 [count]: what a sampled chain and its tests consume."""
         if self._generator is None:
-            self._generator = torch.Generator().manual_seed((self.seed ^ FRESH_STREAM) & (2**64 - 1))
+            self._generator = generator(self.seed, stream=1)
         return torch.rand(count, generator=self._generator, dtype=torch.float64)
 
     @property

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.accept import Verdict, walk
+from specdec.accept import Verdict, verify_block, walk
 from specdec.attention.protocol import tree_rows
 from specdec.cache import KVCache
 from specdec.drafting.protocol import Drafter, Shape
 from specdec.engine.batch import Batch
-from specdec.sampling import choose, process
+from specdec.sampling import choose, process, spread
 from specdec.target.protocol import Target
 from specdec.tree import DraftTree, trim
 
@@ -55,8 +55,7 @@ class Rounds:
         logits = self.target.logits(states.final)
         verified = time.perf_counter()
         processed = process(logits, tree, batch.sampling, batch.seen, _allowed(batch, tree, logits))
-        chosen = choose(processed, tree, batch.sampling, batch.uniforms)
-        verdict = walk(tree, chosen)
+        chosen, verdict = _decide(tree, processed, batch)
         self.cache.keep(c.slots, c.lengths, verdict.kept)
         self.drafter.observe(c, states.features, verdict)
         accepted = time.perf_counter()
@@ -70,6 +69,17 @@ class Rounds:
             verified - drafted,
             accepted - verified,
         )
+
+
+def _decide(tree: DraftTree, processed: Tensor, batch: Batch) -> tuple[Tensor, Verdict]:
+    """The target's own tokens and what survives them; sampled chains are tested against the q they came from."""
+    chosen = choose(processed, tree, batch.sampling, batch.uniforms)
+    if tree.probs is None:
+        return chosen, walk(tree, chosen)
+    assert batch.tests is not None, "sampled chains need tests"
+    # the temperature is in `processed` already: 1 for whoever samples, a point for whoever does not
+    law = spread(processed.float(), (batch.sampling.temperature > 0).float())
+    return chosen, verify_block(tree.tokens[:, 1:], tree.probs, law, batch.tests[:, : tree.nodes])
 
 
 def _plain_where_asked(tree: DraftTree, batch: Batch) -> DraftTree:
