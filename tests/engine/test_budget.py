@@ -1,0 +1,130 @@
+"""The budget: interpolated costs, prices of nodes and levels, switching off what does not pay and trying again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from specdec.drafting.protocol import PLAIN, Shape
+from specdec.engine.budget import LONGEST_PAUSE, SHORTEST_PAUSE, TRIAL, Budget, CostTable
+from specdec.tree import DraftTree, chain
+
+TABLE = CostTable({1: {1: 10.0, 4: 16.0, 8: 20.0}, 4: {1: 20.0, 4: 40.0}}, {1: 2.0, 4: 4.0}, {1: 3.0, 4: 5.0})
+LIMIT = Shape(depth=6, width=4, nodes=8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "nodes", "ms"),
+    [
+        (1, 1, 10),
+        (1, 4, 16),
+        (1, 2, 12),
+        (1, 6, 18),
+        (1, 16, 40),
+        (4, 1, 20),
+        (2, 1, 10 + 10 / 3),
+        (8, 1, 40),
+    ],
+)
+def test_verification_is_interpolated_and_extrapolated(batch: int, nodes: int, ms: float) -> None:
+    assert TABLE.verify_ms(batch, nodes) == pytest.approx(ms)
+
+
+def test_drafting_costs_the_extension_and_the_further_levels() -> None:
+    assert TABLE.draft_ms(1, 0) == 0
+    assert TABLE.draft_ms(1, 1) == 3
+    assert TABLE.draft_ms(1, 4) == 9
+    assert TABLE.draft_ms(4, 2) == 9
+    assert CostTable(TABLE.verify, {}, {}).draft_ms(1, 3) == 0
+
+
+def test_a_table_survives_json() -> None:
+    assert CostTable.from_dict(json.loads(json.dumps(TABLE.as_dict()))) == TABLE
+
+
+BROKEN: list[Any] = [
+    None, [], 3, {}, {"verify": {}}, {"verify": {}, "level": {}, "extend": {}},
+    {"verify": {"1": 4}, "level": {}, "extend": {}}, {"verify": {"1": {"2": 1.0}}, "level": {}, "extend": {}},
+    {"verify": {"1": {"1": -1.0}}, "level": {}, "extend": {}},
+    {"verify": {"one": {"1": 1.0}}, "level": {}, "extend": {}},
+    {"verify": {"1": {"1": float("nan")}}, "level": {}, "extend": {}},
+    {"verify": {"1": {"1": 1.0}}, "level": {"1": 1.0}, "extend": {}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BROKEN, ids=str)
+def test_what_is_no_table_is_a_value_error(data: Any) -> None:
+    with pytest.raises(ValueError):
+        CostTable.from_dict(data)
+
+
+def test_a_fixed_budget_always_answers_its_limit() -> None:
+    assert Budget(None, LIMIT).shape(3) == LIMIT
+    assert Budget(TABLE, LIMIT, adaptive=False).shape(3) == LIMIT
+    assert Budget(TABLE, PLAIN).shape(3) == PLAIN
+
+
+def test_floors_are_what_a_node_and_a_level_cost_in_tokens() -> None:
+    shape = Budget(TABLE, LIMIT).shape(1)
+    assert (shape.depth, shape.width, shape.nodes) == (6, 4, 8)
+    assert shape.node_floor == pytest.approx((20.0 - 10.0) / 7 / 10.0)  # ms of one node at 10 ms a token
+    assert 2.0 / 10.0 < shape.level_floor < 1
+    assert shape.prices[0] == 0
+    assert list(shape.prices) == sorted(shape.prices)
+    assert shape.prices[7] == pytest.approx(1.0)
+
+
+def test_dear_nodes_have_a_higher_floor() -> None:
+    cheap = CostTable({1: {1: 10.0, 8: 11.0}}, {}, {})
+    assert Budget(cheap, LIMIT).shape(1).node_floor < Budget(TABLE, LIMIT).shape(1).node_floor
+    assert Budget(cheap, LIMIT).shape(1).level_floor == 0
+
+
+def _tree(nodes: int, batch: int = 1) -> DraftTree:
+    return chain(torch.ones(batch, nodes, dtype=torch.int64))
+
+
+def test_speculation_that_earns_less_is_paused_and_tried_again() -> None:
+    budget = Budget(TABLE, LIMIT)
+    for pause in (SHORTEST_PAUSE, 2 * SHORTEST_PAUSE):
+        for _ in range(TRIAL):
+            assert budget.shape(1) != PLAIN
+            budget.note(budget.shape(1), _tree(8), emitted=1)
+        for _ in range(pause):
+            assert budget.shape(1) == PLAIN
+            budget.note(PLAIN, _tree(1), emitted=1)
+        assert budget.shape(1) != PLAIN
+
+
+def test_pauses_grow_to_a_bound_and_shrink_after_success() -> None:
+    budget = Budget(TABLE, LIMIT)
+    for _ in range(8):
+        for _ in range(TRIAL):
+            budget.note(LIMIT, _tree(8), emitted=1)
+        budget.trials[1].paused = 0
+    assert budget.trials[1].pause == LONGEST_PAUSE
+    for _ in range(4 * TRIAL + 1):
+        budget.note(LIMIT, _tree(8), emitted=6)
+    assert budget.trials[1].pause == SHORTEST_PAUSE
+
+
+def test_speculation_that_pays_goes_on_and_batch_sizes_are_judged_apart() -> None:
+    budget = Budget(TABLE, LIMIT)
+    for _ in range(3 * TRIAL):
+        budget.note(LIMIT, _tree(8), emitted=5)
+        budget.note(LIMIT, _tree(8, batch=4), emitted=4)
+        budget.trials[4].paused = 0
+    assert budget.shape(1) != PLAIN
+    for _ in range(TRIAL):
+        budget.note(LIMIT, _tree(8, batch=4), emitted=4)
+    assert PLAIN in (budget.shape(4), budget.shape(3))
+    assert budget.shape(1) != PLAIN
+
+
+def test_nothing_is_learned_from_plain_rounds() -> None:
+    budget = Budget(TABLE, LIMIT)
+    budget.note(PLAIN, _tree(1), emitted=1)
+    assert budget.trials == {}

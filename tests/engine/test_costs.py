@@ -1,0 +1,73 @@
+"""The measured cost table: complete, remembered by model and drafter, made anew when its file is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import engines
+import pytest
+from toy import FakeDrafter, ToyTarget, neighbours
+
+from specdec.cache import KVCache
+from specdec.drafting.ngram import NgramDrafter
+from specdec.drafting.none import NoDrafter
+from specdec.engine import costs
+from specdec.engine.budget import CostTable
+from specdec.engine.engine import Limits
+from specdec.target.protocol import Target
+
+
+def _scratch(target: Target, slots: int) -> KVCache:
+    return KVCache(target.info.cache, slots, 64 + 64)
+
+
+def test_a_table_covers_batches_and_nodes_and_more_never_costs_less() -> None:
+    target = ToyTarget()
+    table = costs.measure(target, NgramDrafter(), _scratch(target, 8))
+    assert list(table.verify) == [1, 2, 4, 8]
+    assert (table.level, table.extend) == ({}, {})
+    for batch, row in table.verify.items():
+        assert next(iter(row)) == 1
+        assert all(batch * nodes <= costs.MOST_ROWS or nodes == 1 for nodes in row)
+        assert list(row.values()) == sorted(row.values())
+    assert CostTable.from_dict(table.as_dict()) == table
+
+
+def test_a_heads_levels_are_measured_and_its_slots_left_clean(target_of: Callable[..., Target]) -> None:
+    target = target_of("llama")
+    drafter = engines.eagle(target, engines.random_head(target, range(20)), Limits(2, 128))
+    table = costs.measure(target, drafter, _scratch(target, 2))
+    assert list(table.level) == list(table.extend) == [1, 2]
+    assert all(lane.rows == 0 and not lane.tokens for lane in drafter.lanes)
+    assert table.draft_ms(1, 3) > table.draft_ms(1, 1) > 0
+
+
+def test_measured_once_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, measured = ToyTarget(), []
+    measure = costs.measure
+    monkeypatch.setattr(costs, "measure", lambda *given: measured.append(given) or measure(*given))
+    first = costs.remembered(target, NgramDrafter(), _scratch(target, 1), tmp_path / "new" / "place")
+    assert costs.remembered(target, NgramDrafter(), _scratch(target, 1), tmp_path / "new" / "place") == first
+    assert len(measured) == 1
+    costs.remembered(target, NoDrafter(), _scratch(target, 1), tmp_path / "new" / "place")
+    costs.remembered(target, NgramDrafter(), _scratch(target, 2), tmp_path / "new" / "place")
+    assert len(measured) == 3, "another drafter or batch is another table"
+    assert len([*(tmp_path / "new" / "place").iterdir()]) == 3, "temporary files stayed behind"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"verify": {}, "level": {}, "extend": {}}', "\x00\xff"])
+def test_a_broken_file_is_measured_anew_and_replaced(text: str, tmp_path: Path) -> None:
+    target, drafter = ToyTarget(), FakeDrafter(neighbours)
+    table = costs.remembered(target, drafter, _scratch(target, 1), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(text, encoding="latin-1")
+    again = costs.remembered(target, drafter, _scratch(target, 1), tmp_path)
+    assert again.verify.keys() == table.verify.keys()
+    assert costs.remembered(target, drafter, _scratch(target, 1), tmp_path) == again
+
+
+def test_a_place_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    target = ToyTarget()
+    (tmp_path / "file").write_text("in the way")
+    assert costs.remembered(target, NgramDrafter(), _scratch(target, 1), tmp_path / "file").verify[1]
