@@ -1,0 +1,190 @@
+"""The library's face over a tiny saved model: prompts in all forms, streams, batches, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import engines
+import pytest
+import tiny
+import torch
+
+from specdec import Answer, Options, Sampling, SpecdecError, SpecDecoder
+from specdec.drafting.protocol import Shape
+from specdec.engine.build import parse_tree
+from specdec.errors import MismatchError, RequestError
+from specdec.head.config import HeadConfig
+from specdec.head.export import TargetNames, save_raw
+from specdec.head.model import DraftHead
+
+OPTIONS = Options(dtype=torch.float32, device="cpu", slots=2, tree=Shape(3, 4, 12))
+SHORT = Sampling(max_tokens=12, ignore_eos=True)
+NAMES = TargetNames("tiny/llama")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> SpecDecoder:
+    return SpecDecoder.from_pretrained(str(model), None, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def head(plain: SpecDecoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = engines.random_head(plain.engine.target, range(20, 60))
+    return save_raw(made, tmp_path_factory.mktemp("heads") / "good", target=NAMES, dtype=torch.float32)
+
+
+def test_every_drafter_gives_the_same_answers(plain: SpecDecoder, head: Path) -> None:
+    prompts = ["abc abc abc", "What is it?", "x"]
+    wanted = plain.generate(prompts, SHORT)
+    assert [a.finish_reason for a in wanted] == ["length"] * 3
+    assert plain.engine.drafter.name == "none"
+    for draft in ("ngram", head):
+        fast = plain.with_drafter(draft, OPTIONS)
+        assert fast.engine.target is plain.engine.target, "weights were loaded twice"
+        answers = fast.generate(prompts, SHORT)
+        assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
+        assert [a.text for a in answers] == [a.text for a in wanted]
+        assert sum(a.counters.drafted for a in answers) > 0
+
+
+def test_an_answer_says_what_happened(plain: SpecDecoder) -> None:
+    (answer,) = plain.generate("hello", Sampling(max_tokens=6, ignore_eos=True, logprobs=1))
+    assert isinstance(answer, Answer)
+    assert len(answer.token_ids) == len(answer.logprobs) == 6
+    assert answer.text == plain.decode(answer.token_ids)
+    assert answer.prompt_tokens == len(plain.encode("hello"))
+    assert answer.seconds > 0
+    assert answer.tokens_per_second > 0
+    assert {"tau", "alpha", "rounds", "tokens_per_second", "seconds"} <= answer.stats().keys()
+    assert answer.stats()["rounds"] == 5
+    assert answer.error is None
+
+
+def test_text_messages_and_ids_are_prompts(plain: SpecDecoder) -> None:
+    ids = plain.encode("hi")
+    assert plain.decode(ids) == "u:hi\na:"
+    assert plain.encode([{"role": "user", "content": "hi"}]) == ids
+    assert plain.encode(list(ids)) == ids
+    assert plain.decode(plain.encode("hi", chat=False)) == "hi"
+    answers = [
+        plain.generate(p, SHORT)[0].token_ids for p in ("hi", [{"role": "user", "content": "hi"}], ids)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_stop_strings_and_seeds_work_through_the_face(plain: SpecDecoder) -> None:
+    text = plain.generate("hello", SHORT)[0].text
+    stop = text[4:6]
+    (answer,) = plain.generate("hello", Sampling(max_tokens=12, ignore_eos=True, stop=(stop,)))
+    assert answer.finish_reason == "stop"
+    assert answer.text == text[: text.index(stop)]
+    warm = [plain.generate("hello", Sampling(temperature=1.0, seed=s, max_tokens=12))[0] for s in (1, 1, 2)]
+    assert warm[0].token_ids == warm[1].token_ids != warm[2].token_ids
+
+
+def test_the_targets_own_stop_ends_unless_ignored(plain: SpecDecoder) -> None:
+    assert plain.engine.target.info.stop_ids == (2,)
+    assert 2 in plain.request("x", Sampling()).stop_ids
+    assert plain.request("x", Sampling(ignore_eos=True, stop_token_ids=(7,))).stop_ids == {7}
+
+
+def test_a_stream_is_the_answer_in_pieces(plain: SpecDecoder) -> None:
+    (wanted,) = plain.generate("abcabc", SHORT)
+    fast = plain.with_drafter("ngram", OPTIONS)
+    pieces = [*fast.stream("abcabc", SHORT)]
+    assert "".join(p.text for p in pieces) == wanted.text
+    assert tuple(t for p in pieces for t in p.tokens) == wanted.token_ids
+    assert [p.finish for p in pieces][-1] == "length"
+
+
+def test_leaving_a_stream_frees_its_slot(plain: SpecDecoder) -> None:
+    pieces = plain.stream("abcabc", Sampling(max_tokens=100, ignore_eos=True))
+    next(pieces)
+    assert plain.engine.busy
+    pieces.close()  # type: ignore[attr-defined]
+    assert not plain.engine.busy
+
+
+def test_two_streams_at_once_keep_to_themselves(plain: SpecDecoder) -> None:
+    prompts, texts = ("first one", "second"), ["", ""]
+    wanted = [a.text for a in plain.generate(prompts, SHORT)]
+    streams = [plain.stream(prompt, SHORT) for prompt in prompts]
+    going = [0, 1]
+    while going:
+        for i in list(going):
+            piece = next(streams[i], None)
+            if piece is None:
+                going.remove(i)
+            else:
+                texts[i] += piece.text
+    assert texts == wanted
+    assert not plain.engine.busy
+
+
+def test_asynchronous_faces(plain: SpecDecoder) -> None:
+    async def both() -> tuple[str, str]:
+        text = "".join([piece.text async for piece in plain.astream("abc", SHORT)])
+        return text, (await plain.agenerate("abc", SHORT))[0].text
+
+    streamed, whole = asyncio.run(both())
+    assert streamed == whole == plain.generate("abc", SHORT)[0].text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [("", "prompt: is empty"), ([], "prompt: is empty"), ("\ud800", "not UTF-8"), ([1, 500], "outside the vocabulary"),
+     ("x" * 600, "longer than the context"), ([{"role": "user", "content": "\udcff"}], "not UTF-8")],
+)  # fmt: skip
+def test_a_bad_prompt_is_refused_before_anything_runs(plain: SpecDecoder, prompt: object, told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        plain.generate(["fine", prompt], SHORT)  # type: ignore[list-item]
+    assert not plain.engine.busy, "the good prompt was left behind"
+
+
+def test_messages_want_a_template_that_takes_them(model: Path) -> None:
+    decoder = SpecDecoder.from_pretrained(str(model), "none", OPTIONS)
+    decoder.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="roles must alternate"):
+        decoder.encode("hi")
+    decoder.tokenizer.chat_template = None
+    assert decoder.decode(decoder.encode("hi")) == "hi"
+    with pytest.raises(RequestError, match="chat template"):
+        decoder.encode([{"role": "user", "content": "hi"}])
+
+
+def test_a_head_of_another_target_is_refused(plain: SpecDecoder, tmp_path: Path) -> None:
+    made = engines.random_head(plain.engine.target, range(20))
+    config = HeadConfig(**{**_fields(made.config), "fingerprint": "of another"})
+    other = DraftHead(config)
+    other.load_state_dict(made.state_dict())
+    save_raw(other, tmp_path / "other", target=NAMES)
+    with pytest.raises(MismatchError, match="another target"):
+        plain.with_drafter(tmp_path / "other", OPTIONS)
+
+
+def _fields(config: HeadConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in HeadConfig.__slots__}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(Options(max_length=513), "max_length: is longer"), (Options(max_length=0), "no room"),
+     (Options(slots=0), "no room"), (Options(device="cuda:77"), "device: cannot be used here")],
+)  # fmt: skip
+def test_sizes_and_devices_that_cannot_be_are_refused(model: Path, options: Options, told: str) -> None:
+    with pytest.raises(SpecdecError, match=told):
+        SpecDecoder.from_pretrained(str(model), "none", options)
+
+
+def test_trees_are_read_from_text() -> None:
+    assert parse_tree("auto") is None
+    assert parse_tree("7/10/60") == Shape(7, 10, 60)
+    for text in ("", "7/10", "a/b/c", "0/1/4", "7/10/65", "7/0/60", "7/10/1"):
+        with pytest.raises(SpecdecError, match="tree"):
+            parse_tree(text)
