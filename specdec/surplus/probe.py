@@ -130,8 +130,9 @@ class Probe(nn.Module):
         """features [n, F], z int64 [n, k - 1] -> logits [n, M] to add to log r."""
         state = (_spherical(features) - self.centre) / self.scale
         codes = torch.einsum("nse,sew->nsw", self.tokens[z], self.encode).flatten(1)
-        hidden: Tensor = self.last(self.body(torch.cat([state, codes], dim=-1)))
-        return hidden @ self.unembedding.T
+        hidden: Tensor = self.body(torch.cat([state, codes], dim=-1))
+        # U times the last map first: the low rank then carries the batch, half the work at rank 128.
+        return hidden @ (self.unembedding @ self.last.weight).T
 
 
 def _spherical(features: Tensor) -> Tensor:

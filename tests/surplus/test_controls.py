@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,13 +31,13 @@ def test_a_permutation_that_leaks_h_is_caught(monkeypatch: pytest.MonkeyPatch) -
     assert not controls.check_permuted(documents=80).passed
 
 
-def test_a_label_off_by_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Feeding h_{t-1} in place of h_{t+1} is not sufficient for p_2 of the lag source."""
+def test_features_late_by_one_position_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """h_{t-1} holds x_{t-2}, which x_t copies only four times in five: the closed form is missed."""
     honest = controls.probe_data
 
     def shifted(toy: object) -> probe.ProbeData:
         data = honest(toy)  # type: ignore[arg-type]  # the toy is passed through
-        return probe.replace(data, features=data.features.roll(1, dims=0).roll(2, dims=0))
+        return replace(data, features=data.features.roll(1, dims=0))
 
     monkeypatch.setattr(controls, "probe_data", shifted)
     assert not controls.check_lag_copy(documents=60).passed

@@ -118,7 +118,7 @@ def test_survivor_correction_gives_the_exact_chain_of_sampled_drafts() -> None:
     assert found.reach.tolist() == pytest.approx(exact, abs=0.01)
     assert found.tau == pytest.approx(1 + sum(exact), rel=0.01)
     # Conditional acceptance times reach of the depth before is the reach again.
-    torch.testing.assert_close(found.alpha.cumprod(0), found.reach)
+    torch.testing.assert_close(found.alpha.cumprod(0), found.reach, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("m", [1, 2])
