@@ -24,9 +24,10 @@ import torch
 
 from bench.chain import Counters, chain_counters
 from specdec.drafting.protocol import Shape
+from specdec.engine.build import Options
 from specdec.engine.request import Request
 from specdec.errors import SpecdecError
-from specdec.generate import Options, SpecDecoder
+from specdec.generate import SpecDecoder
 from specdec.head.checkpoint import load_head
 from specdec.head.export import TargetNames, save_raw, save_speculators
 from specdec.sampling import Sampling

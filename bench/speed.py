@@ -17,7 +17,8 @@ from typing import Any
 from bench.record import append, digest
 from bench.systems import Run, System, our_systems, transformers_systems
 from specdec.cli.prompts import Dialogue, read_dialogues
-from specdec.generate import Options, SpecDecoder
+from specdec.engine.build import Options
+from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.stats import total
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from specdec.engine.build import Options
 from specdec.engine.request import Request
-from specdec.generate import Options, SpecDecoder
+from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.stats import Counters
 

@@ -8,13 +8,14 @@ __version__ = "0.1.0"
 __all__ = ["Answer", "Options", "Sampling", "SpecDecoder", "SpecdecError", "__version__"]
 
 if TYPE_CHECKING:
+    from specdec.engine.build import Options
     from specdec.errors import SpecdecError
-    from specdec.generate import Answer, Options, SpecDecoder
+    from specdec.generate import Answer, SpecDecoder
     from specdec.sampling import Sampling
 
 _HOME = {
     "Answer": "generate",
-    "Options": "generate",
+    "Options": "engine.build",
     "SpecDecoder": "generate",
     "Sampling": "sampling",
     "SpecdecError": "errors",

@@ -11,46 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from specdec.attention.reference import ReferenceAttention
-from specdec.cache import KVCache
-from specdec.drafting.eagle import EagleDrafter
-from specdec.drafting.ngram import NgramDrafter
-from specdec.drafting.none import NoDrafter
-from specdec.drafting.protocol import PLAIN, Drafter, Shape
-from specdec.engine.budget import Budget
-from specdec.engine.costs import remembered
-from specdec.engine.engine import Engine, Limits, check_request
+from specdec.engine.build import Options, make_engine
+from specdec.engine.engine import Engine, check_request
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Finish, Piece, Request
 from specdec.engine.text import TextStream
-from specdec.errors import RequestError, SpecdecError, UnsupportedError
-from specdec.head.checkpoint import load_head
-from specdec.head.match import check_match
-from specdec.head.pretrained import shipped_head
+from specdec.errors import RequestError, UnsupportedError
 from specdec.sampling import Sampling
 from specdec.stats import Counters
 from specdec.target.load import LoadedTarget, load_target
-from specdec.target.protocol import Target
-from specdec.tree import MAX_NODES
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or chat messages."""
-
-DEFAULT_TREE = Shape(depth=7, width=10, nodes=60)
-"""EAGLE-2's tree: what heads are compared on, and the default on a GPU."""
-
-CPU_LIMIT = Shape(depth=6, width=6, nodes=32)
-"""The largest tree the measured budget may choose on a CPU, where nodes cost arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,34 +68,6 @@ class Answer:
     def stats(self) -> dict[str, Any]:
         """`stats` of the JSON output."""
         return {**self.counters.as_dict(), "tokens_per_second": round(self.tokens_per_second, 2)}
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to load and run.
-
-    Attributes:
-        dtype: of the weights; None takes what a short measurement finds fastest on a CPU, the config's on a GPU.
-        device: where to run; None takes CUDA when there is one.
-        slots: requests at once.
-        max_length: context length; None takes what the target was made for, at most 4096.
-        tree: a fixed tree shape; None lets the measured budget choose.
-        backend: "lean", "adapter" or "auto".
-        taps: of a head whose checkpoint does not name them.
-    """
-
-    dtype: torch.dtype | None = None
-    device: str | None = None
-    slots: int = 4
-    max_length: int | None = None
-    tree: Shape | None = None
-    backend: Literal["auto", "lean", "adapter"] = "auto"
-    taps: tuple[int, ...] | None = None
-
-
-def cache_directory() -> Path:
-    """Where dequantised weights and cost tables are kept: $SPECDEC_CACHE, else the user's cache."""
-    return Path(os.environ.get("SPECDEC_CACHE") or Path.home() / ".cache" / "specdec")
 
 
 class SpecDecoder:
@@ -311,82 +264,3 @@ def answer_of(request: Request, error: str | None = None) -> Answer:
         tuple(request.logprobs),
         error,
     )
-
-
-def make_engine(target: Target, head: str | Path | None, options: Options) -> Engine:
-    """An engine over a loaded target: drafter, cost table, budget."""
-    length = min(target.info.max_length, 4096) if options.max_length is None else options.max_length
-    if length > target.info.max_length:
-        raise SpecdecError("is longer than the target was made for", field="max_length", value=length,
-                           allowed=f"at most {target.info.max_length}")  # fmt: skip
-    if length < 2 or options.slots < 1:
-        raise SpecdecError("leave no room for a request", field="max_length, slots", value=(length, options.slots),
-                           allowed="at least 2 tokens and 1 slot")  # fmt: skip
-    limits = Limits(slots=options.slots, length=length)
-    drafter = make_drafter(target, head, options, limits)
-    return Engine(target, drafter, _budget(target, drafter, options, limits), limits)
-
-
-def make_drafter(target: Target, head: str | Path | None, options: Options, limits: Limits) -> Drafter:
-    """ "auto", "ngram", "none" or a head's directory, checked against the target."""
-    if head == "auto":
-        head = shipped_head(target.info.name) or "ngram"
-    if head is None or head == "none":
-        return NoDrafter()
-    if head == "ngram":
-        return NgramDrafter()
-    info = target.info
-    weights = load_head(
-        Path(head), taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device
-    )
-    check_match(
-        weights.config,
-        vocab=info.vocab,
-        hidden=info.hidden,
-        layers=info.layers,
-        fingerprint=info.fingerprint,
-        name=info.name,
-    )
-    weights.freeze()
-    return EagleDrafter(weights, target.embed, ReferenceAttention(), limits.slots, limits.length)
-
-
-def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) -> Budget:
-    if isinstance(drafter, NoDrafter):
-        return Budget(None, PLAIN, adaptive=False)
-    if options.tree is not None:
-        if options.tree.sampled and not isinstance(drafter, EagleDrafter):
-            raise SpecdecError(
-                "needs a draft head to draw from", field="tree", value="sampled", remedy="Give a head."
-            )
-        return Budget(None, options.tree, adaptive=False)
-    scratch = KVCache(target.info.cache, limits.slots, min(limits.length, 512) + MAX_NODES)
-    costs = remembered(target, drafter, scratch, cache_directory() / "costs")
-    limit = CPU_LIMIT if target.info.device.type == "cpu" else DEFAULT_TREE
-    return Budget(costs, limit)
-
-
-def parse_tree(text: str) -> Shape | None:
-    """ "auto", "depth/top-k/nodes" such as 7/10/60, or "sampled/depth" for chains drawn from the draft distribution
-    and block-verified. Raises SpecdecError otherwise."""
-    if text == "auto":
-        return None
-    kind, _, length = text.partition("/")
-    try:
-        depth, width, nodes = (
-            (int(length), 1, int(length) + 1)
-            if kind == "sampled"
-            else (int(part) for part in text.split("/"))
-        )
-    except ValueError:
-        raise SpecdecError(
-            "is not a tree", field="tree", value=text, allowed="auto, depth/top-k/nodes or sampled/depth"
-        ) from None
-    if depth < 1 or width < 1 or not 2 <= nodes <= MAX_NODES:
-        raise SpecdecError(
-            "is out of range",
-            field="tree",
-            value=text,
-            allowed=f"depth and top-k of at least 1, 2 to {MAX_NODES} nodes",
-        )
-    return Shape(depth, width, nodes, sampled=kind == "sampled")

@@ -20,7 +20,8 @@ from torch import Tensor
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.drafting.protocol import Shape
-from specdec.generate import Options, SpecDecoder, make_engine
+from specdec.engine.build import Options, make_engine
+from specdec.generate import SpecDecoder
 from specdec.server.limits import ServerLimits
 from specdec.server.listen import DrainingServer, make_server
 from specdec.server.state import ServerState

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from specdec.engine.build import Options, parse_tree
 from specdec.engine.request import Piece
-from specdec.generate import Answer, Options, SpecDecoder, answer_of, parse_tree
+from specdec.generate import Answer, SpecDecoder, answer_of
 from specdec.sampling import Sampling
 
 GREEN, PLAIN = "\033[32m", "\033[0m"

@@ -16,10 +16,10 @@ from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.protocol import Shape
 from specdec.engine import round as rounds
 from specdec.engine.budget import Budget
+from specdec.engine.build import parse_tree
 from specdec.engine.engine import Engine, Limits
 from specdec.engine.request import Request
 from specdec.errors import SpecdecError
-from specdec.generate import parse_tree
 from specdec.head.config import HeadConfig
 from specdec.head.model import DraftHead
 from specdec.sampling import Sampling
