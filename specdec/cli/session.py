@@ -43,6 +43,7 @@ def open_decoder(args: argparse.Namespace, *, draft: str, taps: tuple[int, ...] 
         f"[dim]{info.name}: {info.layers} layers, {str(info.dtype).removeprefix('torch.')} on {info.device}, "
         f"drafter {decoder.engine.drafter.name}[/dim]",
         highlight=False,
+        soft_wrap=True,
     )
     return decoder
 
