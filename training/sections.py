@@ -131,14 +131,17 @@ class UnrollSection:
         curriculum: (fraction, steps) pairs: from this fraction of the run on, unroll so many steps.
             Empty: `steps` throughout.
         checkpointing: recompute activations in the backward pass.
+        noise: of Gaussian noise on the true features, in units of their own spread; small data needs some.
     """
 
     steps: int = 7
     decay: float = 0.8
     curriculum: tuple[tuple[float, int], ...] = ()
     checkpointing: bool = False
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
+        _at_least(0, unroll__noise=self.noise)
         _check(1 <= self.steps <= 16, "unroll.steps", self.steps, "1 to 16")
         _check(0 < self.decay <= 1, "unroll.decay", self.decay, "> 0 and <= 1")
         if self.curriculum:
@@ -174,14 +177,17 @@ class LossSection:
             lambda = exp(-lk_rate * acceptance), the acceptance taken without gradient.
         lk_rate: of the hybrid.
         gradient: "through" lets step k's loss reach earlier steps through the state, "stopped" cuts it.
+        prompt_weight: of tokens the target did not write; its distribution after them is a lesson too.
     """
 
     kind: Literal["kl", "tv", "lk"] = "kl"
     lk_rate: float = 3.0
     gradient: Literal["through", "stopped"] = "through"
+    prompt_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(0, loss__lk_rate=self.lk_rate)
+        _fraction("loss.prompt_weight", self.prompt_weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,8 @@ class OptimizerSection:
 
     Attributes:
         name: adamw, or muon (matrices by Muon, everything else by AdamW).
-        lr: at the peak.
+        lr: at the peak, of AdamW.
+        matrix_lr: at the peak, of Muon.
         warmup_fraction: of the run, rising from 0.
         schedule: cosine to 0, or constant after the warm-up.
         clip: global gradient norm, None for no clipping.
@@ -198,6 +205,7 @@ class OptimizerSection:
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
+    matrix_lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_fraction: float = 0.015
@@ -206,6 +214,7 @@ class OptimizerSection:
 
     def __post_init__(self) -> None:
         _check(0 < self.lr <= 1, "optimizer.lr", self.lr, "> 0 and <= 1")
+        _check(0 < self.matrix_lr <= 1, "optimizer.matrix_lr", self.matrix_lr, "> 0 and <= 1")
         _check(
             all(0 <= beta < 1 for beta in self.betas),
             "optimizer.betas",
