@@ -35,18 +35,16 @@ TREE = Shape(depth=4, width=3, nodes=12)
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A server that listens on `url`, run by `thread`."""
+    """A server that listens on `url`, run by `thread`; `web` is a client with connections of its own."""
 
     url: str
+    web: httpx.Client
     state: ServerState
     server: DrainingServer
     thread: threading.Thread
 
     def client(self, **more: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **more})
-
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30)
 
 
 class EngineDies(BaseException):
@@ -115,7 +113,11 @@ def running(decoder: SpecDecoder, setup: Setup) -> Iterator[Live]:
         thread.start()
         assert until(lambda: server.started), "the server did not start"
         try:
-            yield Live(f"http://127.0.0.1:{listener.getsockname()[1]}", state, server, thread)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            with httpx.Client(
+                base_url=url, timeout=60, verify=False
+            ) as web:  # reading certificates takes its time
+                yield Live(url, web, state, server, thread)
         finally:
             server.should_exit = True
             thread.join(20)

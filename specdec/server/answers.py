@@ -57,8 +57,15 @@ class Progress:
 class Shape(Protocol):
     """How an endpoint spells its choices."""
 
-    body: str
-    chunk: str
+    @property
+    def body(self) -> str:
+        """The answer's `object`."""
+        ...
+
+    @property
+    def chunk(self) -> str:
+        """A chunk's `object`."""
+        ...
 
     def choice(self, progress: Progress) -> dict[str, Any]:
         """A whole choice."""

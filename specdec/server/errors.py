@@ -128,13 +128,13 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
     >>> of_validation([{"type": "extra_forbidden", "loc": ("body", "tool"), "msg": "x"}]).message
     "tool: this server does not know the field 'tool'"
     """
-    first = max(errors, key=lambda e: len(e["loc"])) if errors else {"loc": (), "type": "", "msg": "invalid"}
+    first: dict[str, Any] = max(errors, key=lambda e: len(e["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(
             400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}", code="invalid_json"
         )
     place = [part for part in first["loc"][1:] if isinstance(part, int) or not _is_branch(part)]
-    param = ".".join(map(str, place)) or None
+    param = ".".join(map(str, place)) if place else None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"this server does not know the field {str(place[-1])!r}"

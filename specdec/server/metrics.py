@@ -105,21 +105,12 @@ class Metrics:
         gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1").set_function(usage)
 
     def record(self, round: Round) -> None:
-        """The engine's recorder: what each tree offered and what was accepted of it."""
-        counts, sizes = round.verdict.counts.tolist(), round.tree.sizes.tolist()
-        for request, count, offered, size in zip(
-            round.requests, counts, round.verdict.offered.tolist(), sizes, strict=True
-        ):
+        """The engine's recorder: what each tree offered; what came of it is counted with its piece."""
+        sizes, offered = round.tree.sizes.tolist(), round.verdict.offered.tolist()
+        for request, size, depth in zip(round.requests, sizes, offered, strict=True):
             self._nodes.observe(size)
-            self._depth.observe(offered)
-            if not offered:
-                continue
-            self._offered[request] = offered
-            self._drafts.inc()
-            self._draft_tokens.inc(offered)
-            self._accepted.inc(count - 1)
-            for position in range(count - 1):
-                self._position(position).inc()
+            self._depth.observe(depth)
+            self._offered[request] = depth
 
     def _position(self, position: int) -> Counter:
         while position >= len(self._positions):
@@ -130,16 +121,35 @@ class Metrics:
     def observe(self, request: Request, piece: Piece) -> Step | None:
         """A piece is about to leave the engine's thread; returns what speculation did for it."""
         now = time.perf_counter()
+        before = self._last.get(request.id)
         self._generated.inc(len(piece.tokens))
-        if piece.tokens and len(request.output) == len(piece.tokens):
+        if piece.tokens:
+            self._last[request.id] = now
+        step = None
+        if piece.tokens and before is None:
             self._start(request, now)
-        elif piece.tokens and request.id in self._last:
-            self._itl.observe(now - self._last[request.id])
-        self._last[request.id] = now
-        offered = self._offered.pop(request.id, 0)
+        elif piece.tokens and before is not None:
+            self._itl.observe(now - before)
+            step = self._step(request, piece)
         if piece.finish:
             self._end(request, piece)
-        return Step(sum(piece.drafted), offered) if offered and piece.tokens else None
+        return step
+
+    def _step(self, request: Request, piece: Piece) -> Step | None:
+        """What a round did; the first piece comes of the prefill, though a round may have followed already."""
+        offered = self._offered.pop(request.id, 0)
+        if not offered:
+            return None
+        step = Step(sum(piece.drafted), offered)
+        self._count(step)
+        return step
+
+    def _count(self, step: Step) -> None:
+        self._drafts.inc()
+        self._draft_tokens.inc(step.offered)
+        self._accepted.inc(step.accepted)
+        for position in range(step.accepted):
+            self._position(position).inc()
 
     def _start(self, request: Request, now: float) -> None:
         self._ttft.observe(now - request.arrived)
@@ -149,6 +159,7 @@ class Metrics:
 
     def _end(self, request: Request, piece: Piece) -> None:
         self._last.pop(request.id, None)
+        self._offered.pop(request.id, None)
         self._finished[str(piece.finish)].inc()
         if request.finished is None or request.first_token is None:
             return

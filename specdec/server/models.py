@@ -94,5 +94,4 @@ def _encode(state: ServerState, asked: TokenizeRequest) -> list[int]:
 
 
 def _decode(state: ServerState, tokens: list[int]) -> str:
-    text: str = state.decoder.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    return text
+    return str(state.decoder.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -181,12 +181,10 @@ class CompletionRequest(Generation):
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry per sequence to complete."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]  # a flat list of ids, or an empty one to refuse later
-        return prompt  # type: ignore[return-value]  # texts or lists of ids
+        prompt: Any = self.prompt
+        flat = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        many: list[str] | list[list[int]] = [prompt] if flat else prompt  # an empty list is refused later
+        return many
 
     @model_validator(mode="after")
     def _no_search(self) -> CompletionRequest:

@@ -38,7 +38,7 @@ class Vocabulary:
         known = min(len(self.tokenizer), self.size)
         pieces = [piece or "" for piece in self.tokenizer.convert_ids_to_tokens(list(range(known)))]
         added = self.tokenizer.added_tokens_decoder
-        symbols = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+        symbols = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
         byte_level = "ByteLevel" in _decoder(self.tokenizer)
         out = []
         for token, piece in enumerate(pieces):
@@ -64,4 +64,4 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> str:
     """The decoder of a fast tokenizer, spelled out; empty for others."""
     if not tokenizer.is_fast:
         return ""
-    return repr(tokenizer.backend_tokenizer.decoder)  # type: ignore[attr-defined]  # fast tokenizers have it
+    return repr(tokenizer.backend_tokenizer.decoder)

@@ -98,7 +98,7 @@ def max_tokens_of(asked: Generation, length: int, prompt: int, default: int | No
 def requests_of(state: ServerState, wish: Wish, prompts: Sequence[tuple[int, ...]]) -> list[Request]:
     """The engine's requests, `choices` for each prompt, in the order of the answer's choices."""
     now = time.perf_counter()
-    out = []
+    out: list[Request] = []
     for prompt in prompts:
         for choice in range(wish.choices):
             out.append(_request(state, wish, prompt, choice, len(out)))

@@ -59,7 +59,6 @@ def client(live: serving.Live) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture
-def http(live: serving.Live) -> Iterator[httpx.Client]:
+def http(live: serving.Live) -> httpx.Client:
     """A plain HTTP client, talking to the session's server."""
-    with live.http() as made:
-        yield made
+    return live.web

@@ -1,0 +1,90 @@
+"""/metrics: vLLM's names as its own benchmark scrapes them, and figures that agree with the answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+from serving import Live
+
+VLLM = (
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_success_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_bucket",
+)
+OURS = ("specdec:tau", "specdec:alpha", "specdec:nodes_bucket", "specdec:depth_bucket", "specdec:phase_seconds_total",
+        "specdec:verify_ms", "specdec:budget_nodes", "specdec:budget_paused", "specdec:reached_total")  # fmt: skip
+
+
+def scrape(live: Live) -> dict[str, float]:
+    """Every sample by name and its own labels."""
+    found = {}
+    for line in live.web.get("/metrics").text.splitlines():
+        match = re.fullmatch(r"([a-z0-9_:]+)\{(.*)\} (\S+)", line)
+        if match:
+            assert 'engine="0"' in match[2], line
+            assert 'model_name="tiny-llama"' in match[2], line
+            own = [part for part in match[2].split(",") if part.split("=")[0] not in ("engine", "model_name")]
+            found[match[1] + "".join(own)] = float(match[3])
+    return found
+
+
+@pytest.fixture(scope="module")
+def numbers(
+    serve: Callable[..., AbstractContextManager[Live]],
+) -> tuple[dict[str, float], list[Any]]:
+    """What a fresh server tells after three requests, and their acceptance blocks."""
+    with serve(slots=2) as live:
+        told = []
+        for prompt in ([70, 71] * 10, [70, 71] * 10, [9, 8, 7]):
+            body = {"prompt": prompt, "temperature": 0, "max_tokens": 30, "logit_bias": {"70": 100},
+                    "ignore_eos": True, "return_spec_metrics": True}  # fmt: skip
+            told.append(live.web.post("/v1/completions", json=body).json())
+        return scrape(live), told
+
+
+def test_names(numbers: tuple[dict[str, float], object]) -> None:
+    for name in (*VLLM, *OURS):
+        assert any(key.startswith(name) for key in numbers[0]), name
+
+
+def test_figures_agree_with_the_answers(
+    numbers: tuple[dict[str, float], list[Any]],
+) -> None:
+    found, told = numbers
+    blocks = [answer["metrics"]["speculative_decoding"] for answer in told]
+    for name, key in (("drafts", "num_spec_steps"), ("draft_tokens", "num_draft_tokens"),
+                      ("accepted_tokens", "num_accepted_draft_tokens")):  # fmt: skip
+        assert found[f"vllm:spec_decode_num_{name}_total"] == sum(block[key] for block in blocks)
+    by_position = [
+        v for k, v in found.items() if k.startswith("vllm:spec_decode_num_accepted_tokens_per_pos_total")
+    ]
+    assert sum(by_position) == found["vllm:spec_decode_num_accepted_tokens_total"]
+    assert by_position == sorted(by_position, reverse=True)
+    assert found["vllm:generation_tokens_total"] == 90
+    assert found["vllm:prompt_tokens_total"] == 43
+    assert found["vllm:prefix_cache_hits_total"] == 19
+    assert found['vllm:request_success_totalfinished_reason="length"'] == 3
+    assert found["vllm:time_to_first_token_seconds_count"] == 3
+    assert found["vllm:e2e_request_latency_seconds_count"] == 3
+    assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+    assert found["vllm:kv_cache_usage_perc"] == 0
+    assert found["specdec:tau"] == pytest.approx(
+        found["specdec:round_tokens_total"] / found["specdec:rounds_total"]
+    )
