@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,8 @@ def transformers_systems(directory: Path, dtype: torch.dtype, stop_ids: Sequence
     """`generate` as a user would call it, without and with prompt lookup, over the same files."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model.eval()
 
     def system(name: str, lookup: int | None) -> System:
         def answer(prompt: Sequence[int], sampling: Sampling) -> Run:
