@@ -1,0 +1,240 @@
+"""The draft head under the probes' own test: its q at every depth along captured text, teacher-forced and unrolled.
+
+    row t, draft depth 1   reads feature(<= t), token t+1               -> q of x_{t+2}   (k = 2)
+    row t, draft depth j   reads its own output of depth j-1, token t+j -> q of x_{t+j+1} (k = j + 1)
+    fresh features         the same prediction from row t+j-1 of depth 1: what true features would have given
+
+The attention is the drafter's: every depth sees the true rows up to t and its own path after them. Knows a head and
+captured documents; runs no target. Dimension legend: R rows of a document, n rows asked for, K depths, Vd draft
+vocabulary, V vocabulary, m children counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from specdec.errors import RequestError
+from specdec.head.model import DraftHead
+from specdec.surplus.capture import Document
+from specdec.surplus.contract import Contexts, TargetHead
+from specdec.surplus.estimate import TOPS, Scores, join, score
+from specdec.surplus.labels import Lumping
+from specdec.surplus.predict import children_mass, rank_masses, sampled_survival, truncated
+
+RANKS = max(TOPS)
+SAMPLE = 4
+"""Every so many rows of a document are kept with full laws, for calibration."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """The head at one depth, one row per context of captured text.
+
+    Attributes:
+        depth: k; the draft depth is k - 1.
+        scores: as of a probe; gap on the lumped vocabulary, alpha and children masses on the full one.
+        fresh_gap: float32 [n], gap had the features been the target's own at every step.
+        coverage: float32 [n], the target's mass on the draft vocabulary.
+        survival: float32 [n], min(1, q / p) of the token that came; NaN where the text ended.
+        rank: int64 [n], rank of the token that came in q, RANKS where it is not among the best.
+        masses: float32 [n, RANKS], the target's mass on the r-th best token of q.
+        law: log p and log q [s, M] lumped of a sample of rows, with their documents [s].
+    """
+
+    depth: int
+    scores: Scores
+    fresh_gap: Tensor
+    coverage: Tensor
+    survival: Tensor
+    rank: Tensor
+    masses: Tensor
+    law: tuple[Tensor, Tensor, Tensor]
+
+
+def draft_lumping(ids: Tensor, weight: Tensor, keep: int) -> Lumping:
+    """The heaviest tokens that the head can draft, at most half of them, so that its tail is never empty.
+
+    Args:
+        ids: int64 [Vd], the draft vocabulary.
+        weight: [V], how often each token is expected in the text.
+        keep: tokens wanted.
+
+    Raises:
+        RequestError: no token of the text lies in the draft vocabulary.
+    """
+    inside = weight[ids]
+    if not ids.numel() or not bool((inside > 0).any()):
+        raise RequestError(
+            "the draft vocabulary covers no token of the text",
+            field="draft vocabulary",
+            value=f"{len(ids)} tokens, none in the text",
+            remedy="Check that the head belongs to this target and that ids are not offsets.",
+        )
+    best = inside.argsort(descending=True, stable=True)[: max(1, min(keep, len(ids) // 2))]
+    return Lumping(ids[best].sort().values, weight.shape[0])
+
+
+class HeadReader:
+    """Runs a head along documents.
+
+    Args:
+        head: frozen weights; `embed` the target's input embedding.
+        output: the target's output map, for p.
+        columns: of the captured taps that the head consumes.
+        depths: K, draft depths to unroll.
+        lumping: labels shared with the probes.
+        stride: score every so many-th context.
+    """
+
+    def __init__(
+        self, head: DraftHead, embed: Callable[[Tensor], Tensor], output: TargetHead,
+        columns: tuple[int, ...], depths: int, lumping: Lumping | None, stride: int = 1,
+    ) -> None:  # fmt: skip
+        self.head, self.embed, self.output = head, embed, output
+        self.columns, self.depths, self.lumping, self.stride = columns, depths, lumping, stride
+
+    @torch.inference_mode()
+    def read(self, document: Document, first_row: int) -> list[DraftRows]:
+        """Rows of depths k = 2 .. K + 1 of one document.
+
+        Args:
+            first_row: number of the document's first written row among the captured rows.
+        """
+        outputs = self._unroll(document)
+        made = []
+        for j in range(1, self.depths + 1):
+            at = torch.arange(document.start, document.ids.shape[0] - j, self.stride)
+            if not at.numel():
+                break
+            made.append(self._depth(document, outputs, j, at, first_row))
+        return made
+
+    def _unroll(self, document: Document) -> list[Tensor]:
+        """y of every depth: [R - j, H] of depth j, rows in order."""
+        taps = document.taps[:-1, list(self.columns)].flatten(1).to(self.head.dtype)
+        reading = _Reading(self.head.config.window)
+        outputs: list[Tensor] = []
+        g = self.head.fuse(taps[None])
+        for j in range(1, self.depths + 1):
+            tokens = document.ids[None, j:]
+            if not tokens.shape[1]:
+                break
+            g = g[:, : tokens.shape[1]]
+            angles = self.head.angles(torch.arange(tokens.shape[1])[None] + j - 1)
+            y = self.head(self.embed(tokens).to(g.dtype), g, angles, reading)
+            outputs.append(y[0])
+            g = self.head.feedback(y)
+        return outputs
+
+    def _depth(self, document: Document, outputs: list[Tensor], j: int, at: Tensor, first: int) -> DraftRows:
+        label = at + j
+        log_p = self.output.log_probs(document.final[label])
+        log_q = self._log_q(outputs[j - 1][at])
+        fresh = self._log_q(outputs[0][label - 1])
+        cut = truncated(log_p, log_q, self.head.ids)
+        full = self._spread(log_q)
+        where = Contexts(j + 1, torch.arange(len(at)), at[:, None])
+        doc = torch.full((len(at),), document.doc)
+        lumped_p, lumped_q = self._lump(log_p), self._lump(full)
+        control = torch.zeros(len(at))
+        scores = score(where, doc, lumped_p, lumped_q, control)
+        masses = rank_masses(log_p, full, RANKS)
+        scores = replace(
+            scores,
+            at=first + at - document.start,
+            alpha=cut.alpha,
+            top=torch.stack([children_mass(log_p, full, m) for m in TOPS], dim=1),
+            confidence=log_q.max(-1).values.exp(),
+        )
+        fresh_gap = score(where, doc, lumped_p, self._lump(self._spread(fresh)), control).gap
+        survival, rank = _came(document, label + 1, log_p, full)
+        some = torch.arange(j % SAMPLE, len(at), SAMPLE)
+        law = (lumped_p[some], lumped_q[some], doc[some])
+        return DraftRows(j + 1, scores, fresh_gap, cut.coverage, survival, rank, masses, law)
+
+    def _log_q(self, y: Tensor) -> Tensor:
+        """The head's law at the serving temperature, float32 [n, Vd]."""
+        return torch.log_softmax(self.head.logits(y).float() / self.output.temperature, dim=-1)
+
+    def _spread(self, log_q: Tensor) -> Tensor:
+        """Over the target's vocabulary: [n, V], -inf outside the draft vocabulary."""
+        full = log_q.new_full((log_q.shape[0], self.head.config.vocab), float("-inf"))
+        full[:, self.head.ids] = log_q
+        return full
+
+    def _lump(self, full: Tensor) -> Tensor:
+        return full if self.lumping is None else self.lumping.log_probs(full)
+
+
+def _came(document: Document, row: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Survival and rank of the tokens that really followed; NaN and RANKS past the end of the text."""
+    known = row < document.ids.shape[0]
+    tokens = document.ids[row.clamp_max(document.ids.shape[0] - 1)]
+    survival = sampled_survival(log_p, log_q, tokens).masked_fill(~known, float("nan"))
+    picks = log_q.topk(min(RANKS, log_q.shape[-1]), dim=-1).indices
+    hits = picks == tokens[:, None]
+    rank = torch.where(hits.any(-1), hits.to(torch.int64).argmax(-1), RANKS)
+    return survival, rank.masked_fill(~known, RANKS)
+
+
+class _Reading:
+    """Attention of the unroll: true rows up to t, then the own path, one diagonal per later depth."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [1, n, heads, D], key and value [1, n, kv_heads, D] of this depth -> [1, n, heads, D]."""
+        n, groups = query.shape[1], query.shape[2] // key.shape[2]
+        self.keys.append(key[0].repeat_interleave(groups, dim=1).float())
+        self.values.append(value[0].repeat_interleave(groups, dim=1).float())
+        q = query[0].float()
+        far = torch.einsum("nhd,mhd->hnm", q, self.keys[0][:n]) * scale
+        far = far.masked_fill(self._hidden(n), float("-inf"))
+        near = [(q * k[:n]).sum(-1).T[..., None] * scale for k in self.keys[1:]]
+        weights = torch.cat([far, *near], dim=-1).softmax(-1)
+        out = torch.einsum("hnm,mhd->nhd", weights[..., :n], self.values[0][:n])
+        for i, v in enumerate(self.values[1:]):
+            out = out + weights[..., n + i].T[..., None] * v[:n]
+        return out[None].to(query.dtype)
+
+    def _hidden(self, n: int) -> Tensor:
+        """bool [n, n]: true rows that row t of this depth does not see."""
+        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        if self.window is not None:
+            depth = len(self.keys) - 1
+            age = torch.arange(n)[:, None] + depth - torch.arange(n)
+            hidden |= age >= self.window
+        return hidden
+
+
+def gather(documents: Iterable[list[DraftRows]]) -> dict[int, DraftRows]:
+    """Rows of many documents by depth k."""
+    parts: dict[int, list[DraftRows]] = {}
+    for rows in documents:
+        for each in rows:
+            parts.setdefault(each.depth, []).append(each)
+    return {depth: _joined(depth, found) for depth, found in parts.items()}
+
+
+def _joined(depth: int, parts: list[DraftRows]) -> DraftRows:
+    columns = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("fresh_gap", "coverage", "survival", "rank", "masses")
+    }
+    laws = [torch.cat(column) for column in zip(*(part.law for part in parts), strict=True)]
+    return DraftRows(depth, join([part.scores for part in parts]), law=(laws[0], laws[1], laws[2]), **columns)
+
+
+def take(rows: DraftRows, keep: Tensor) -> DraftRows:
+    """Rows picked by a mask or index; the sample of laws stays."""
+    columns = {
+        name: getattr(rows, name)[keep] for name in ("fresh_gap", "coverage", "survival", "rank", "masses")
+    }
+    return DraftRows(rows.depth, rows.scores.take(keep), law=rows.law, **columns)

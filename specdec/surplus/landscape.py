@@ -1,0 +1,117 @@
+"""The landscape of captured states: Fisher-Rao geometry, entropies of the kernel, and spectral alignment of tap sets.
+
+None of it needs a trained probe. Knows captured text and labels. Dimension legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.surplus.cells import ENTROPY_EDGES, bin_names
+from specdec.surplus.entropy import gini_simpson, renyi, shannon
+from specdec.surplus.geometry import fisher_factor, forecast, spectrum
+from specdec.surplus.interval import resamples
+from specdec.surplus.material import Material
+from specdec.surplus.plan import Plan, TapSet
+from specdec.surplus.spectral import (
+    add_moments,
+    dirichlet_energy,
+    hellinger,
+    no_moments,
+    partial_correlations,
+    predictive_alignment,
+)
+from specdec.surplus.values import Value, clean, number
+
+PROJECTION = 96
+"""Random directions that features, prototypes and embeddings are projected on for canonical correlations."""
+
+
+def alignment(material: Material, taps: TapSet) -> Value:
+    """Spectral ranking of a tap set: canonical correlations given the next token, and Dirichlet energy.
+
+    Dimensionless, never nats (theory.md 1.6).
+    """
+    c = material.captured
+    rows = material.sample()
+    rows = rows[rows + 1 < c.ids.shape[0]]
+    generator = torch.Generator().manual_seed(0)
+    features = _projected(c.features(taps)[rows].float(), generator)
+    law = material.labels.rows(rows + 1)
+    unembedding = (
+        c.head.unembedding if material.lumping is None else material.lumping.unembedding(c.head.unembedding)
+    )
+    prototypes = _projected(law.exp() @ unembedding.float(), generator)
+    given = _projected(material.tokens[c.ids[rows + 1]].float(), generator)
+    few = rows.shape[0] <= features.shape[1] + prototypes.shape[1] + given.shape[1]
+    some = torch.arange(0, rows.shape[0], max(1, rows.shape[0] // 512))
+    energy = dirichlet_energy(features[some], hellinger(law[some]))
+    if few:
+        return {"alignment": None, "energy": clean(energy)}
+    moments = no_moments(features.shape[1], prototypes.shape[1], given.shape[1])
+    found = partial_correlations(add_moments(moments, features, prototypes, given))
+    return {"alignment": clean(predictive_alignment(found)), "energy": clean(energy)}
+
+
+def _projected(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Standardised, then on at most PROJECTION random directions."""
+    wide = (values - values.mean(0)) / values.std(0).clamp_min(1e-6)
+    if wide.shape[1] <= PROJECTION:
+        return wide
+    return wide @ (torch.randn(wide.shape[1], PROJECTION, generator=generator) / wide.shape[1] ** 0.5)
+
+
+def geometry(material: Material, plan: Plan) -> Value:
+    """Fisher-Rao spectrum by entropy bin, and the quadratic forecast against exact KL on small noise."""
+    c = material.captured
+    rows = material.sample(384)
+    final, doc = c.final[rows].float(), c.doc[rows]
+    parts = [spectrum(fisher_factor(c.head, chunk, top=512)) for chunk in final.split(32)]
+    values = torch.cat([part.values for part in parts])
+    shape = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("effective_rank", "participation", "anisotropy")
+    }
+    entropy = torch.cat([shannon(c.head.log_probs(chunk)) for chunk in final.split(256)])
+    names = bin_names(entropy, ENTROPY_EDGES, "nats")
+    bins = []
+    for name in dict.fromkeys(sorted(names)):
+        keep = torch.tensor([each == name for each in names])
+        row: Value = {"entropy": name, "spectrum": [clean(float(v)) for v in values[keep].mean(0)[:64]]}
+        row |= {what: _mean(doc[keep], each[keep], plan) for what, each in shape.items()}
+        bins.append(row)
+    noise = torch.randn(final.shape, generator=torch.Generator().manual_seed(0))
+    told = forecast(c.head, final, 0.02 * final.std(dim=-1, keepdim=True) * noise)
+    ratio = float(told.kl.sum() / told.exact_kl.sum()), float(told.tv.sum() / told.exact_tv.sum())
+    return {"bins": bins, "kl_forecast_ratio": clean(ratio[0]), "tv_forecast_ratio": clean(ratio[1])}
+
+
+def _mean(doc: Tensor, values: Tensor, plan: Plan) -> Value:
+    return number(resamples(doc, draws=plan.draws, minimum=1).mean(values))
+
+
+def entropies(material: Material, plan: Plan) -> Value:
+    """Categorical entropies of the target's kernel on the full vocabulary, and what lumping costs."""
+    c = material.captured
+    rows = material.sample(1024)
+    parts, full, lumped = list[Tensor](), list[Tensor](), list[Tensor]()
+    mean = torch.zeros(c.head.unembedding.shape[0])
+    for chunk in rows.split(256):
+        mean += c.head.log_probs(c.final[chunk]).exp().sum(0)
+    law = (mean / rows.shape[0]).clamp_min(1e-12).log()[None]
+    for chunk in rows.split(256):
+        log_p = c.head.log_probs(c.final[chunk])
+        parts.append(torch.stack([shannon(log_p), gini_simpson(log_p), renyi(log_p, 2.0)], dim=1))
+        full.append((log_p.exp() * (log_p - law)).sum(-1))
+        if material.lumping is not None:
+            p, q = material.lumping.log_probs(log_p), material.lumping.log_probs(law)
+            lumped.append((p.exp() * (p - q)).sum(-1))
+    kinds, doc = torch.cat(parts), c.doc[rows]
+    told: Value = {
+        name: _mean(doc, kinds[:, i], plan) for i, name in enumerate(("shannon", "gini_simpson", "renyi_2"))
+    }
+    told["tail_mass"] = clean(material.tail)
+    told["information_full"] = _mean(doc, torch.cat(full), plan)
+    told["information_lumped"] = _mean(doc, torch.cat(lumped or full), plan)
+    return told

@@ -1,0 +1,287 @@
+"""Plans: what a budget buys, in documents, depths, folds, probe sizes and label symbols, and about how long it takes.
+
+A plan is decided before anything runs and printed with the report, cuts included; cells and thresholds are thereby
+fixed before the outcome is known. Knows sizes, no model. Dimension legend: N captured rows, F feature width, M label
+symbols, d hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from specdec.drafting.protocol import Shape
+from specdec.errors import RequestError
+from specdec.surplus.control import TableSettings
+from specdec.surplus.estimate import EstimateSettings
+from specdec.surplus.folds import DOCUMENTS_PER_FOLD
+from specdec.surplus.interval import MIN_DOCUMENTS
+from specdec.surplus.probe import ProbeSettings
+
+OUTCOME_SHARE = 0.4
+"""Of documents whose acceptance is measured; the rest predict (theory.md 3.4)."""
+TapSet = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a report computes.
+
+    Attributes:
+        budget: its name.
+        documents, max_tokens: captured and decoded at most; tokens of one answer.
+        depths: k of the probes; 2 is the first draft token.
+        folds, rotations, ranking_rotations, seeds: of the cross-fit; ranking compares tap sets.
+        symbols: tokens kept as label symbols, the rest one tail symbol; 0 keeps the vocabulary.
+        probe, small: the large probe and the draft-sized one.
+        table: of the neural-table control.
+        draft_depth: draft tokens per round of the head.
+        head_rows: contexts on which the head is scored on the full vocabulary, evenly spread.
+        shapes: trees whose acceptance the engine measures, by name.
+        shape_documents: predictor documents decoded only to learn the shape of trees.
+        draws: bootstrap resamples.
+        shuffled, nce, curve, sigmas, windows: controls and cross-checks to run.
+        least_events: a cell with fewer measured draft tokens is left out.
+        cuts: what this budget leaves out, in words.
+    """
+
+    budget: str
+    documents: int
+    max_tokens: int
+    depths: tuple[int, ...]
+    folds: int
+    rotations: int
+    ranking_rotations: int
+    seeds: int
+    symbols: int
+    probe: ProbeSettings
+    small: ProbeSettings
+    table: TableSettings
+    draft_depth: int
+    head_rows: int
+    shapes: dict[str, Shape]
+    shape_documents: int
+    draws: int
+    shuffled: bool
+    nce: bool
+    curve: bool
+    sigmas: tuple[float, ...]
+    windows: tuple[int, ...]
+    least_events: int = 20
+    cuts: tuple[str, ...] = field(default=())
+
+    def estimate(self, *, ranking: bool = False, small: bool = False) -> EstimateSettings:
+        """Cross-fit settings of the main tap set, of a ranking of tap sets, or of the draft-sized probe."""
+        return EstimateSettings(
+            folds=self.folds,
+            rotations=self.ranking_rotations if ranking else self.rotations,
+            seeds=1 if ranking else self.seeds,
+            depths=self.depths[:2] if ranking else self.depths,
+            probe=self.small if small else self.probe,
+            table=self.table,
+            shuffled=self.shuffled and not ranking and not small,
+        )
+
+    @property
+    def predictors_needed(self) -> int:
+        """Fewest captured documents that give folds and intervals."""
+        return max(self.folds * DOCUMENTS_PER_FOLD, MIN_DOCUMENTS)
+
+    def documents_needed(self, *, head: bool) -> int:
+        """Fewest prompts: predictors, and with a head as many outcome documents as an interval wants."""
+        if not head:
+            return self.predictors_needed
+        both = max(self.predictors_needed / (1 - OUTCOME_SHARE), MIN_DOCUMENTS / OUTCOME_SHARE)
+        return int(-(-both // 1))
+
+
+def _chain(depth: int) -> Shape:
+    return Shape(depth, 1, depth + 1)
+
+
+def _sampled(depth: int) -> Shape:
+    return Shape(depth, 1, depth + 1, sampled=True)
+
+
+QUICK = Plan(
+    budget="quick",
+    documents=120,
+    max_tokens=128,
+    depths=(2, 3, 4),
+    folds=5,
+    rotations=3,
+    ranking_rotations=1,
+    seeds=1,
+    symbols=2048,
+    probe=ProbeSettings(width=384, rank=64, token_width=32, epochs=10, patience=2),
+    small=ProbeSettings(width=96, rank=32, token_width=16, epochs=10, patience=2),
+    table=TableSettings(width=128, rank=32, epochs=2),
+    draft_depth=7,
+    head_rows=3000,
+    shapes={"chain": _chain(7), "tree": Shape(7, 10, 60)},
+    shape_documents=4,
+    draws=500,
+    shuffled=False,
+    nce=True,
+    curve=False,
+    sigmas=(0.0, 0.5, 2.0),
+    windows=(),
+    cuts=(
+        "probe depths k = 2 to 4 only",
+        "3 of 5 folds tested, one probe seed",
+        "labels keep 2,048 tokens, the rest is one symbol",
+        "tap sets are ranked on one fold at k = 2 and 3",
+        "no permuted-h control, learning curve or window curve",
+    ),
+)
+STANDARD = replace(
+    QUICK,
+    budget="standard",
+    documents=300,
+    max_tokens=192,
+    depths=(2, 3, 4, 5, 6),
+    rotations=5,
+    symbols=4096,
+    seeds=1,
+    probe=ProbeSettings(width=768, rank=96, token_width=48, epochs=14, patience=2),
+    small=ProbeSettings(width=128, rank=48, token_width=32, epochs=14, patience=2),
+    shapes={"chain": _chain(7), "tree": Shape(7, 10, 60), "sampled chain": _sampled(7)},
+    head_rows=8000,
+    shape_documents=8,
+    draws=1000,
+    shuffled=True,
+    curve=True,
+    sigmas=(0.0, 0.25, 0.5, 1.0, 2.0),
+    windows=(1, 2, 4, 8),
+    cuts=(
+        "one probe seed",
+        "labels keep 4,096 tokens, the rest is one symbol",
+        "tap sets are ranked on one fold at k = 2 and 3",
+    ),
+)
+FULL = replace(
+    STANDARD,
+    budget="full",
+    documents=2000,
+    max_tokens=512,
+    ranking_rotations=2,
+    seeds=3,
+    symbols=0,
+    probe=ProbeSettings(),
+    small=ProbeSettings(width=256, rank=64),
+    table=TableSettings(),
+    head_rows=50000,
+    shape_documents=32,
+    windows=(1, 2, 4, 8, 16),
+    cuts=(),
+)
+BUDGETS = {plan.budget: plan for plan in (QUICK, STANDARD, FULL)}
+
+
+def plan_of(budget: str) -> Plan:
+    """The plan of a budget. Raises RequestError naming the budgets there are."""
+    if budget not in BUDGETS:
+        raise RequestError("no such budget", field="budget", value=budget, allowed=", ".join(BUDGETS))
+    return BUDGETS[budget]
+
+
+def check_documents(plan: Plan, found: int, *, head: bool) -> None:
+    """Refuse too little text. Raises RequestError with the number needed."""
+    need = plan.documents_needed(head=head)
+    if found < need:
+        raise RequestError(
+            f"too little text for an interval: {need} prompts are needed",
+            field="prompts",
+            value=found,
+            allowed=f">= {need}",
+            remedy="Give more prompt files; each prompt becomes one document.",
+        )
+
+
+def candidate_taps(layers: int) -> tuple[TapSet, ...]:
+    """Tap sets worth ranking: EAGLE-3's three, its neighbours, pairs and single layers.
+
+    >>> candidate_taps(30)[0]
+    (2, 15, 27)
+    """
+    n = layers
+    wanted = [
+        (2, n // 2, n - 3),
+        (n // 4, n // 2, 3 * n // 4),
+        (1, n // 2, n - 1),
+        (n // 2, 3 * n // 4, n),
+        (n - 3, n - 1, n),
+        (n // 2, n),
+        (n - 3,),
+        (n // 2,),
+        (n,),
+    ]
+    sound = [taps for taps in wanted if sorted(set(taps)) == list(taps) and taps[0] >= 0 and taps[-1] <= n]
+    return tuple(dict.fromkeys(sound))
+
+
+def name_of(taps: TapSet) -> str:
+    """ "2+15+27"."""
+    return "+".join(map(str, taps))
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the cost of a plan depends on.
+
+    Attributes:
+        hidden, layers, vocab: of the target.
+        documents, outcomes: captured, and decoded by the engine.
+        tap_widths: number of taps of each tap set, the main one first.
+    """
+
+    hidden: int
+    layers: int
+    vocab: int
+    documents: int
+    outcomes: int
+    tap_widths: tuple[int, ...]
+
+
+def arithmetic_rate(seconds: float = 0.2) -> float:
+    """Floating-point operations per second of a matrix product here, measured for `seconds`."""
+    left, right = torch.randn(512, 768), torch.randn(768, 768)
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        left @ right
+        done += 1
+    return done * 2 * 512 * 768 * 768 / (time.perf_counter() - started)
+
+
+def estimated_minutes(plan: Plan, sizes: Sizes, rate: float) -> dict[str, float]:
+    """Minutes by stage, to within a factor of two: enough to choose a budget.
+
+    Args:
+        rate: from `arithmetic_rate`; small matrices and softmaxes reach about a third of it.
+    """
+    d, rows = sizes.hidden, sizes.documents * plan.max_tokens
+    symbols = plan.symbols or sizes.vocab
+    forward = 2.0 * (12 * sizes.layers * d * d + sizes.vocab * d)
+    decoding = forward * 5  # few rows at a time: bound by memory, not arithmetic
+    capture = rows * (decoding + forward)
+    engine = sizes.outcomes * plan.max_tokens * forward * 5 * len(plan.shapes)
+    probes = 0.0
+    for place, taps in enumerate(sizes.tap_widths):
+        fits = _fits(plan, main=place == 0)
+        width, rank = plan.probe.width, plan.probe.rank
+        per_row = 6.0 * (taps * d * width + width * rank + rank * symbols + 8 * symbols)
+        per_row += 6.0 * symbols * d * rank / plan.probe.batch
+        probes += fits * plan.probe.epochs * 0.8 * rows * per_row
+    labels = 2.0 * rows * 2 * d * sizes.vocab
+    scale = 3 / rate / 60
+    return {"capture": capture * scale, "probes": (probes + labels) * scale, "engine": engine * scale}
+
+
+def _fits(plan: Plan, *, main: bool) -> int:
+    """Probe trainings of one tap set, by depth and fold."""
+    if not main:
+        return plan.ranking_rotations * len(plan.depths[:2])
+    once = plan.rotations * len(plan.depths) * (plan.seeds + plan.shuffled)
+    return once + len(plan.sigmas) + len(plan.windows) + plan.nce + 2 * plan.curve
