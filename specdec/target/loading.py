@@ -24,6 +24,7 @@ from specdec.target.shards import PICKLED, SAFETENSORS, first_line, read_shard, 
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 NEEDED = "Put tokenizer.json and tokenizer_config.json there."
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 DOORS = f"{embedded.NAME}, a directory, a .gguf file, or a Hub id such as org/model"
@@ -158,6 +159,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: its files are absent or broken.
     """
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        # transformers makes an empty tokenizer for some families rather than say so
+        raise CheckpointError("has no tokenizer files", field="tokenizer", value=str(directory), remedy=NEEDED)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
