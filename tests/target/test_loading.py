@@ -224,6 +224,7 @@ def test_a_stop_id_that_is_none_is_refused(tmp_path: Path, eos: object) -> None:
 
 
 def test_a_directory_without_tokenizer_says_so(own: Path) -> None:
+    (own / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(own)
     (own / "tokenizer.json").write_text("{")
