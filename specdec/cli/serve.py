@@ -7,7 +7,7 @@ import os
 import sys
 
 from specdec.cli.options import add_model, taps_of
-from specdec.errors import UnsupportedError
+from specdec.errors import SpecdecError, UnsupportedError
 
 KEY_VARIABLE = "SPECDEC_API_KEY"
 EXAMPLES = f"""\
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import options_of
     from specdec.generate import SpecDecoder
 
+    if args.slots < 1:
+        raise SpecdecError("is out of range", field="slots", value=args.slots, allowed="1 or more")
     limits = ServerLimits(
         queue=args.queue, request_seconds=args.request_timeout, drain_seconds=args.drain_timeout
     )

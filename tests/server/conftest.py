@@ -21,6 +21,11 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai", "ht
 collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]  # the extras serve and dev
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of the page need a browser."""
+    config.addinivalue_line("markers", "browser: needs Chromium through Playwright")
+
+
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpecDecoder:
     """For offline answers: the live servers have engines of their own over its weights."""

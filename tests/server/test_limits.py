@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import httpx
 import pytest
 from serving import Live
 
@@ -68,9 +67,7 @@ def test_malformed_bodies_are_400(tight: Live, body: str) -> None:
 
 def test_bodies_that_are_no_utf8_or_no_json_type(tight: Live) -> None:
     assert tight.web.post("/tokenize", content=b'{"prompt": "\xff\xfe"}', headers=JSON).status_code == 400
-    plain = tight.web.post(
-        "/tokenize", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}
-    )
+    plain = tight.web.post("/tokenize", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"})
     assert plain.status_code == 400
 
 

@@ -1,0 +1,46 @@
+"""`specdec serve`: its options are frozen, and it refuses before a model is loaded."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from specdec.cli.main import main, parser
+
+OPTIONS = {
+    "target", "dtype", "device", "max_length", "backend", "draft", "tree", "taps", "host", "port", "plain", "slots",
+    "queue", "api_key", "served_model_name", "request_timeout", "drain_timeout",
+}  # fmt: skip
+
+
+def test_options() -> None:
+    args = vars(parser("serve").parse_args(["serve"]))
+    assert set(args) == OPTIONS | {"verb"}
+    assert (args["target"], args["host"], args["port"], args["draft"]) == (
+        "smollm2-135m",
+        "127.0.0.1",
+        8000,
+        "auto",
+    )
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_API_KEY", "sesame")
+    assert parser("serve").parse_args(["serve"]).api_key == "sesame"
+
+
+def test_a_taken_port_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--queue", "-1"), ("--request-timeout", "0"), ("--port", "99999"), ("--slots", "0")]
+)
+def test_wrong_values_are_told(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    assert main(["serve", flag, value]) == 2
+    assert "specdec serve:" in capsys.readouterr().err
