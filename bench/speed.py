@@ -78,6 +78,10 @@ def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain
                 base = [_median_speed(answer) for answer in runs[other]]
                 row[f"over_{other}"], row[f"over_{other}_ci"] = _interval(speed, base, ratio=True)
                 row[f"same_tokens_as_{other}"] = _same(answers, runs[other])
+        if name != baseline and (ours := _decode(answers)) and (base := _decode(runs[baseline])):
+            row[f"decode_over_{baseline}"], row[f"decode_over_{baseline}_ci"] = _interval(
+                ours, base, ratio=True
+            )
         if counters.rounds:
             row |= {k: v for k, v in counters.as_dict().items() if k != "seconds"}
             row["ms_per_round"] = {
@@ -90,6 +94,17 @@ def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain
 def _median_speed(answer: list[Run]) -> tuple[float, float]:
     """(tokens, median seconds) of one prompt."""
     return float(len(answer[0].tokens)), statistics.median(run.seconds for run in answer)
+
+
+def _decode(answers: list[list[Run]]) -> list[tuple[float, float]]:
+    """(tokens after the first, median seconds they took) per prompt; empty for systems that do not say."""
+    times = [[run.decode_seconds for run in answer if run.decode_seconds] for answer in answers]
+    if not all(times):
+        return []
+    return [
+        (float(len(answer[0].tokens) - 1), statistics.median(seconds))
+        for answer, seconds in zip(answers, times, strict=True)
+    ]
 
 
 def _interval(

@@ -24,11 +24,12 @@ LOOKUP_TOKENS = 10  # transformers' documented example value of prompt_lookup_nu
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One answer: ids, wall seconds with prefill, counters of our own systems."""
+    """One answer: ids, wall seconds with prefill; of our own systems also counters and seconds after the prefill."""
 
     tokens: tuple[int, ...]
     seconds: float
     counters: Counters = field(default_factory=Counters)
+    decode_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ def ours(name: str, decoder: SpecDecoder) -> System:
         start = time.perf_counter()
         for _ in decoder.run(request):
             pass
-        return Run(tuple(request.output), time.perf_counter() - start, request.counters)
+        seconds = time.perf_counter() - start
+        after = (request.finished or 0.0) - (request.first_token or 0.0)
+        return Run(tuple(request.output), seconds, request.counters, after)
 
     return System(name, answer)
 

@@ -1,0 +1,47 @@
+"""The arithmetic of the speed bench: ratios, intervals, decode-only times, the README's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.readme import table
+from bench.speed import Job, summarise
+from bench.systems import Run
+from specdec.stats import Counters
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    path = tmp_path / "chat.jsonl"
+    path.write_text("{}\n")
+    return Job("chat", path, [(1,), (2,)])
+
+
+def _runs(seconds: float, *, tokens: int = 11, decode: float | None = None) -> list[list[Run]]:
+    return [[Run(tuple(range(tokens)), seconds, Counters(), decode)] for _ in range(2)]
+
+
+def test_speedups_are_ratios_of_rates(job: Job) -> None:
+    runs = {"plain": _runs(2.0, decode=1.0), "auto": _runs(1.5, decode=0.5), "transformers": _runs(4.0)}
+    rows = {row["system"]: row for row in summarise(job, runs)}
+    assert rows["auto"]["over_plain"] == pytest.approx(2.0 / 1.5, abs=1e-3)
+    assert rows["auto"]["over_transformers"] == pytest.approx(4.0 / 1.5, abs=1e-3)
+    assert rows["auto"]["decode_over_plain"] == pytest.approx(2.0)
+    assert rows["auto"]["same_tokens_as_plain"] == 1.0
+    assert "decode_over_plain" not in rows["transformers"]
+
+
+def test_different_tokens_are_counted(job: Job) -> None:
+    runs = {"plain": _runs(1.0), "ngram": _runs(1.0, tokens=9)}
+    assert summarise(job, runs)[1]["same_tokens_as_plain"] == 0.0
+
+
+def test_the_table_names_every_system(job: Job) -> None:
+    runs = {"transformers": _runs(4.0), "plain": _runs(2.0), "auto": _runs(1.0)}
+    shared = {"target": "t", "dtype": "torch.float32", "temperature": 0.0, "max_tokens": 8, "machine": "m",
+              "threads": 2, "argv": ["specdec", "bench"]}  # fmt: skip
+    text = table([{**shared, **row} for row in summarise(job, runs)])
+    assert "shipped head" in text and "plain loop" in text
+    assert "| chat | 2.8 | 2.00 | 4.00 |" in text
