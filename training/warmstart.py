@@ -48,6 +48,11 @@ class Moments:
         self.cross += (unit(final.float()).T @ x).double()
         self.rows += x.shape[0]
 
+    def scale(self, fused: int) -> Tensor:
+        """RMS of each of the first `fused` inputs, float32 [fused]."""
+        mean = self.inner.diagonal()[:fused] / max(1, self.rows)
+        return mean.clamp(min=1e-12).sqrt().float()
+
 
 @dataclass(frozen=True, slots=True)
 class Sources:
@@ -56,14 +61,14 @@ class Sources:
     Attributes:
         final_norm: [H] weight of its last norm.
         rows: [Vd, H] LM-head rows of the draft vocabulary.
-        mlp_norm, gate_up, down: of its last layer, or None where shapes differ.
+        mlp_norm, gate_up: of its last layer, or None where shapes differ; `down` starts at zero, so these only say
+            what the MLP looks at first.
     """
 
     final_norm: Tensor
     rows: Tensor
     mlp_norm: Tensor | None = None
     gate_up: Tensor | None = None
-    down: Tensor | None = None
 
 
 def unit(x: Tensor) -> Tensor:
@@ -111,9 +116,7 @@ def warm_start(
 ) -> None:
     """Fill every parameter of `head` in place. Norms not named above start at one."""
     c = head.config
-    for parameter in head.parameters():
-        parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, SPREAD, generator=generator)
-    head.ids.copy_(ids)
+    cold_start(head, ids, generator)
     head.norm.weight.copy_(lent.final_norm)
     head.lm_head.weight.copy_(lent.rows)
     width = c.kv_heads * c.head_dim
@@ -141,3 +144,11 @@ def _attend_to_self(head: DraftHead, value: Tensor, generator: torch.Generator) 
     weight[q : q + k, :h] = shared.flatten(0, 1)
     weight[q + k :, :h] = value
     weight[q + k :, h:] = 0
+
+
+@torch.no_grad()
+def cold_start(head: DraftHead, ids: Tensor, generator: torch.Generator) -> None:
+    """Random matrices and norms of one: EAGLE-3's own start, for comparison."""
+    for parameter in head.parameters():
+        parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, SPREAD, generator=generator)
+    head.ids.copy_(ids)

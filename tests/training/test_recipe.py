@@ -38,9 +38,9 @@ def test_the_options_are_frozen() -> None:
         "vocab": ["size"],
         "head": ["taps", "intermediate_size", "num_heads", "num_key_value_heads", "fc_norm", "norm_output",
                  "norm_before_residual", "norm_before_fc", "warm_start"],
-        "unroll": ["steps", "decay", "curriculum", "checkpointing"],
-        "loss": ["kind", "lk_rate", "gradient"],
-        "optimizer": ["name", "lr", "betas", "weight_decay", "warmup_fraction", "schedule", "clip"],
+        "unroll": ["steps", "decay", "curriculum", "checkpointing", "noise"],
+        "loss": ["kind", "lk_rate", "gradient", "prompt_weight"],
+        "optimizer": ["name", "lr", "matrix_lr", "betas", "weight_decay", "warmup_fraction", "schedule", "clip"],
         "trainer": ["batch_tokens", "accumulation", "precision", "epochs", "max_minutes", "seed",
                     "save_every_minutes", "tracker"],
         "cache": ["gigabytes"],
@@ -112,7 +112,7 @@ def test_overrides_take_the_fields_type(override: str, expected: object) -> None
         ("head.num_key_value_heads=0", "head.num_key_value_heads"),
         ("loss.kind=ce", "kl, tv, lk"),
         ("unroll.curriculum=[[0.1, 1]]", "rise from 0"),
-        ("unroll.curriculum=[[0, 9]]", "unroll.steps = 3"),
+        ("unroll.curriculum=[[0, 9]]", "unroll.steps = 4"),
         ("unroll.decay=0", "unroll.decay"),
         ("responses.sampled_fraction=1.1", "from 0 to 1"),
         ("responses.temperature=0", "responses.temperature"),
@@ -166,7 +166,7 @@ def test_an_empty_file_is_the_defaults_and_exponents_are_numbers() -> None:
 
 
 def test_hash_is_pinned_and_follows_every_value() -> None:
-    assert Recipe().hash() == "2825206d3d2f45e0"
+    assert Recipe().hash() == "69d3b145d322c49a"
     assert Recipe(trainer=TrainerSection(seed=1)).hash() != Recipe().hash()
     other = Recipe(optimizer=OptimizerSection(lr=0.5))
     assert Recipe().differences(other) == ["optimizer.lr: 0.0001 -> 0.5"]

@@ -1,0 +1,96 @@
+"""From prompts to a head that loads and drafts, on a tiny target; and again where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from rich.console import Console
+
+from specdec.errors import MismatchError, SpecdecError
+from specdec.head.checkpoint import load_head
+from training.checkpoint import LAST
+from training.run import RUN, Order, train
+from training.watch import read_log
+
+SMALL = [
+    "data.max_length=64", "responses.max_tokens=12", "responses.batch=16", "vocab.size=40", "head.taps=[2, 4, 6]",
+    "unroll.steps=2", "unroll.curriculum=[]", "trainer.batch_tokens=256", "trainer.precision=fp32", "trainer.epochs=2",
+    "trainer.max_minutes=null", "evaluation.prompts=4", "cache.gigabytes=0.1", "trainer.tracker=none",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [
+        {"id": f"row-{n}", "source": "made up", "licence": "MIT", "prompt": f"Say {n} words"}
+        for n in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def order(
+    target: Path, prompts: Path, out: Path, *more: str, dry_run: bool = False, resume: bool = True
+) -> Order:
+    return Order(str(target), str(prompts), out, "cpu", [*SMALL, *more], dry_run=dry_run, resume=resume)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def test_a_name_and_prompts_become_a_head_that_loads(target: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    assert train(order(target, prompts, out), quiet()) == out
+    head = load_head(out, target_layers=tiny.LAYERS)
+    assert head.config.taps == (2, 4, 6)
+    assert len(head.ids) == 40
+    assert all(torch.isfinite(parameter).all() for parameter in head.parameters())
+    card = (out / "README.md").read_text()
+    assert "| made up | " in card
+    assert "| MIT | " in card
+    assert (out / "training.png").stat().st_size > 1000
+    assert "matrix_lr" in (out / "recipe.yaml").read_text()
+    measured = read_log(out / "train_log.jsonl", "evaluation")
+    assert measured
+    assert measured[-1]["tau"] >= 1.0
+
+    steps = len(read_log(out / "train_log.jsonl", "step"))
+    train(order(target, prompts, out), quiet())  # nothing is left to do
+    assert len(read_log(out / "train_log.jsonl", "step")) == steps
+    with pytest.raises(MismatchError, match="recipe"):
+        train(order(target, prompts, out, "optimizer.lr=1e-3"), quiet())
+    with pytest.raises(SpecdecError, match="holds a run"):
+        train(order(target, prompts, out, resume=False), quiet())
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(target: Path, prompts: Path, tmp_path: Path) -> None:
+    console = Console(record=True, width=100)
+    assert train(order(target, prompts, tmp_path / "head", dry_run=True), console) is None
+    text = console.export_text()
+    assert "draft" not in text.lower() or "head" in text
+    for words in ("conversations", "120", "memory", "GFLOP/s"):
+        assert words in text
+    assert not (tmp_path / "head" / RUN / LAST).exists()
+
+
+def test_prompts_without_answers_are_refused_where_answers_must_be_given(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecdecError, match="assistant"):
+        train(order(target, prompts, tmp_path / "head", "data.answers=given"), quiet())
+
+
+def test_too_few_layers_for_the_taps(target: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecdecError, match=r"head\.taps"):
+        train(order(target, prompts, tmp_path / "head", "head.taps=[2, 4, 9]"), quiet())

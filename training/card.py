@@ -1,0 +1,130 @@
+"""What is written beside a finished head: a model card and a plot of the run.
+
+Knows measured rows and names; measures nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.head.config import HeadConfig
+from training.recipe import Recipe
+from training.watch import LOG, read_log
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What the card tells.
+
+    Attributes:
+        target: its name.
+        config: of the head.
+        recipe: of the run.
+        sources, licences: conversations used, by name.
+        tokens: of training text, answers and prompts; visits: tokens the head read, epochs included.
+        coverage: share of the written tokens in the draft vocabulary.
+        minutes: the run took; device: it ran on.
+        measured: the best evaluation, empty when there was none.
+    """
+
+    target: str
+    config: HeadConfig
+    recipe: Recipe
+    sources: Counter[str]
+    licences: Counter[str]
+    tokens: int
+    visits: int
+    coverage: float
+    minutes: float
+    device: str
+    measured: dict[str, Any]
+
+
+def write_card(directory: Path, story: Story) -> None:
+    """README.md of the head."""
+    c = story.config
+    text = f"""---
+tags: [eagle3, speculative-decoding]
+base_model: {story.target}
+---
+# EAGLE-3 draft head for {story.target}
+
+A raw EAGLE-3 checkpoint trained with `specdec train`. It drafts; the target decides: outputs are the target's own.
+
+    specdec generate {story.target} --draft PATH
+
+## Measured
+{_measured(story)}
+
+Simulated on dev text the target wrote, with the decoder's own acceptance: tokens per target forward, bonus token
+included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 nodes, depth 7, 10 children a node.
+
+## Made from
+- taps (layer inputs) {", ".join(map(str, c.taps))}; draft vocabulary {c.draft_vocab:,} of {c.vocab:,}, which holds
+  {story.coverage:.2%} of what the target wrote
+- {story.tokens:,} tokens of text answered by the target, {story.visits:,} token visits, {story.minutes:.0f} minutes
+  on {story.device}
+- target fingerprint `{c.fingerprint}`, recipe hash `{story.recipe.hash()}` (see `recipe.yaml`)
+
+## Data
+{_table("source", story.sources)}
+
+{_table("licence", story.licences)}
+"""
+    partial = directory / ".README.md.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(directory / "README.md")
+
+
+def _measured(story: Story) -> str:
+    rows = ["| dev text | tau, tree | tau, chain | alpha(1..7), tree |", "|---|---|---|---|"]
+    for name in ("greedy", "sampled"):
+        if name in story.measured:
+            row = story.measured[name]
+            alpha = " ".join(f"{value:.2f}" for value in row["alpha"])
+            rows.append(f"| {name} | {row['tau']:.2f} | {row['tau_chain']:.2f} | {alpha} |")
+    return "\n".join(rows) if len(rows) > 2 else "Nothing: there was no dev text."
+
+
+def _table(title: str, counts: Counter[str]) -> str:
+    rows = [f"| {title} | conversations |", "|---|---|"]
+    return "\n".join(rows + [f"| {name} | {count:,} |" for name, count in counts.most_common()])
+
+
+def draw(directory: Path) -> Path | None:
+    """training.png from train_log.jsonl: loss by step, alpha by depth, simulated tau. None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    steps = read_log(directory / LOG, "step")
+    measured = read_log(directory / LOG, "evaluation")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, overlap, tau = figure.subplots(1, 3)
+    for depth in range(max((len(row["loss"]) for row in steps), default=0)):
+        part = [row for row in steps if len(row["loss"]) > depth]
+        minutes = [row["seconds"] / 60 for row in part]
+        loss.plot(minutes, [row["loss"][depth] for row in part], lw=0.8, label=f"step {depth}")
+        overlap.plot(minutes, [row["overlap"][depth] for row in part], lw=0.8, label=f"alpha({depth + 1})")
+    for name in ("greedy", "sampled"):
+        part = [row for row in measured if name in row]
+        tau.plot([row["seconds"] / 60 for row in part], [row[name]["tau"] for row in part], "o-", label=name)
+    titles = (
+        "loss on training text, nats",
+        "overlap with the target, training text",
+        "simulated tau, dev text",
+    )
+    for axes, title in zip((loss, overlap, tau), titles, strict=True):
+        axes.set(xlabel="minutes", title=title)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    path = directory / "training.png"
+    partial = directory / ".training.partial.png"
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+    return path

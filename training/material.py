@@ -1,0 +1,135 @@
+"""From prompts to samples: conversations read, answered by the target, split into windows, dev split set apart.
+
+Knows files, templates and stores; nothing of heads. The dev split is decided by conversation id alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from specdec.errors import SpecdecError
+from training.chunks import split_windows
+from training.data import Conversation, Sample, Skipped, read_conversations, split_dev
+from training.mask import ChatMasker, mask_conversations
+from training.recipe import Recipe
+from training.responses import Answerer, AnswerPlan, write_responses
+from training.store import Response, ResponseStore, response_samples
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a run trains on and is measured by.
+
+    Attributes:
+        train: windows.
+        greedy, sampled: dev texts the target wrote at temperature 0 and above, cut after some answer tokens.
+        skip: first tokens that all samples share (a template's preamble).
+        sources, licences: conversations used, by name.
+        note: what was left out and why, one line.
+    """
+
+    train: list[Sample]
+    greedy: list[Sample]
+    sampled: list[Sample]
+    skip: int
+    sources: Counter[str] = field(default_factory=Counter)
+    licences: Counter[str] = field(default_factory=Counter)
+    note: str = ""
+
+
+def select(prompts: str | Path, recipe: Recipe, skipped: Skipped) -> list[Conversation]:
+    """The conversations of a run, dev split included, as the recipe limits them."""
+    rows = read_conversations(prompts, recipe.data.licences, skipped)
+    limit = recipe.data.limit
+    return list(rows if limit is None else islice(rows, limit))
+
+
+def answered(
+    conversations: Sequence[Conversation], answerer: Answerer, store: ResponseStore, chat: ChatMasker,
+    recipe: Recipe, context: int, skipped: Skipped,
+) -> Texts:  # fmt: skip
+    """Let the target answer, then cut what it wrote into samples.
+
+    Args:
+        store: keeps the answers; what it holds is not asked again.
+        context: positions the target has.
+
+    Raises:
+        SpecdecError: from the answerer or the disk, or when nothing was answered.
+    """
+    wanted = recipe.responses
+    plan = AnswerPlan(wanted.max_tokens, context, wanted.batch, wanted.sampled_fraction, wanted.temperature,
+                      recipe.trainer.seed, wanted.max_minutes)  # fmt: skip
+    dev = [c for c in conversations if split_dev(c.id)][: recipe.evaluation.prompts]
+    train = [c for c in conversations if not split_dev(c.id)]
+    # the dev split first: a run that is cut short can still be measured
+    written = write_responses([c.without_answers() for c in [*dev, *train]], answerer, store, chat, plan)
+    for reason, count in written.skipped.reasons.items():
+        skipped.add(reason, count)
+    return from_store(store, recipe, skipped)
+
+
+def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped) -> Texts:
+    """Samples of the answers that a store holds."""
+    cold = {response.id for response in store if response.temperature == 0}
+    held = [r for r in store if split_dev(r.id)]
+    heldout = list(response_samples(store, split_dev))
+    dev = [_cut(sample, recipe.evaluation.max_tokens) for sample in heldout]
+    greedy = [sample for sample in dev if sample.id.partition("@")[0] in cold]
+    sampled = [sample for sample in dev if sample.id.partition("@")[0] not in cold]
+    train = response_samples(store, lambda id: not split_dev(id))
+    used = [r for r in store if r.turn == 0 and r not in held]
+    return _texts(train, greedy, sampled, recipe, skipped, used)
+
+
+def given(conversations: Sequence[Conversation], chat: ChatMasker, recipe: Recipe, skipped: Skipped) -> Texts:
+    """Samples of the answers in the data, which the target did not write: tau on them is a lower bound.
+
+    Raises:
+        SpecdecError: no assistant turns, or a template that cannot be masked.
+    """
+    train = mask_conversations([c for c in conversations if not split_dev(c.id)], chat, skipped)
+    dev = [c for c in conversations if split_dev(c.id) and c.messages][: recipe.evaluation.prompts]
+    texts = [_cut(s, recipe.evaluation.max_tokens) for c in dev for s in chat.samples(c) if s.loss_mask.any()]
+    used = [Response(c.id, c.source, c.licence, 0.0, (), (), "stop", 0) for c in conversations]
+    return _texts(train, texts, [], recipe, skipped, used)
+
+
+def _texts(train: Iterable[Sample], greedy: list[Sample], sampled: list[Sample], recipe: Recipe,
+           skipped: Skipped, used: Iterable[Response]) -> Texts:  # fmt: skip
+    windows = list(split_windows(train, recipe.data.max_length, skipped=skipped))
+    if not windows:
+        raise SpecdecError(f"left nothing to train on: {skipped}", field="data.prompts",
+                           remedy="Check the prompts, data.licences and responses.max_minutes.")  # fmt: skip
+    used = list(used)
+    return Texts(
+        windows, greedy, sampled, shared_prefix(windows), Counter(r.source or "unnamed" for r in used),
+        Counter(r.licence or "none given" for r in used), str(skipped),
+    )  # fmt: skip
+
+
+def _cut(sample: Sample, answer_tokens: int) -> Sample:
+    """The sample up to so many tokens of its first answer."""
+    end = int(sample.loss_mask.argmax()) + answer_tokens
+    return Sample(sample.id, sample.ids[:end], sample.loss_mask[:end])
+
+
+def shared_prefix(samples: Sequence[Sample]) -> int:
+    """How many first tokens all samples have in common; 0 for a single one."""
+    if len(samples) < 2:
+        return 0
+    first = samples[0].ids
+    length = len(first)
+    for sample in samples[1:]:
+        if "#" in sample.id:  # a later window begins in the middle of a text
+            continue
+        shorter = min(length, len(sample))
+        differs = np.flatnonzero(first[:shorter] != sample.ids[:shorter])
+        length = int(differs[0]) if differs.size else shorter
+    return length

@@ -1,0 +1,213 @@
+"""One command's worth: from the name of a target and a file of prompts to a directory with a head that serves.
+
+    prompts -> answers -> windows -> draft vocabulary -> features -> start -> training -> checkpoint, card, plot
+
+Knows the order of things; each thing is done elsewhere. A run that was cut short goes on when it is given again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from specdec.errors import MismatchError, SpecdecError
+from specdec.head.config import HeadConfig
+from specdec.head.export import TargetNames, save_raw
+from specdec.head.model import DraftHead
+from specdec.target.load import LoadedTarget, load_target
+from specdec.target.loading import load_config
+from training.answers import EngineAnswerer
+from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config
+from training.card import Story, draw, write_card
+from training.checkpoint import BEST, LAST, load_state
+from training.data import Skipped
+from training.endpoint import Endpoint, EndpointAnswerer
+from training.features import Capture, Features
+from training.mask import ChatMasker
+from training.material import Texts, answered, given, select
+from training.measuring import DevSplit, Evaluator, dev_texts
+from training.objective import folded
+from training.plan import print_plan
+from training.recipe import Recipe, load_recipe
+from training.responses import Answerer
+from training.store import ResponseStore
+from training.trainer import Progress, Task, Trainer
+from training.watch import Watch
+
+RUN = "run"  # the folder of what only the run needs: answers, features, checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for.
+
+    Attributes:
+        target: name, directory, GGUF file or Hub id.
+        prompts: file or `datasets` id.
+        out: directory of the head; the run keeps its own things in `out/run`.
+        recipe: name or YAML file; overrides: `section.field=value`.
+        endpoint: base URL of an OpenAI-compatible server that answers instead of our engine.
+        resume: continue a run that `out` holds; False refuses it.
+        dry_run: print the plan and do nothing.
+        device: where target and head live; None lets accelerate decide.
+    """
+
+    target: str
+    prompts: str
+    out: Path
+    recipe: str | Path = "cpu"
+    overrides: tuple[str, ...] | list[str] = ()
+    endpoint: str | None = None
+    resume: bool = True
+    dry_run: bool = False
+    device: str | None = None
+
+
+def train(order: Order, console: Console | None = None) -> Path | None:
+    """Train a head; returns its directory, None after a dry run.
+
+    Raises:
+        SpecdecError: what is wrong and what to do, before anything costly where possible.
+    """
+    console = console or Console(stderr=True)
+    recipe = load_recipe(order.recipe, order.overrides)
+    dtype = compute_dtype(recipe)
+    if not order.resume and (order.out / RUN / LAST).exists():
+        raise SpecdecError("holds a run already", field="out", value=str(order.out),
+                           remedy="Drop --no-resume to continue it, or choose another directory.")  # fmt: skip
+    skipped = Skipped()
+    conversations = select(order.prompts, recipe, skipped)
+    accelerator = _accelerator(recipe, order, dtype)
+    loaded = load_target(
+        order.target, device=accelerator.device, dtype=torch.float32 if dtype == torch.float32 else None
+    )
+    if order.dry_run:
+        print_plan(console, recipe, loaded, len(conversations))
+        return None
+    chat = ChatMasker(loaded.tokenizer, loaded.target.info.stop_ids)
+    with accelerator.main_process_first():
+        if recipe.data.answers == "given":
+            texts = given(conversations, chat, recipe, skipped)
+        else:
+            with _store(order, loaded) as store:
+                answerer = _answerer(order, loaded, recipe)
+                context = loaded.target.info.max_length
+                texts = answered(conversations, answerer, store, chat, recipe, context, skipped)
+    console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
+                  f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
+    return train_on(texts, loaded, recipe, order.out, console, accelerator)
+
+
+def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, console: Console,
+             accelerator: Accelerator) -> Path:  # fmt: skip
+    """The second half of `train`, for texts that are already there."""
+    target = loaded.target
+    vocabulary = choose_vocabulary(texts.train, target, recipe)
+    draft = len(vocabulary.ids)
+    config = head_config(target, load_config(loaded.files.directory), recipe, draft)
+    console.print(f"draft vocabulary: {draft:,} tokens hold {vocabulary.coverage:.2%} of the answers")
+    capture = Capture(target, config.taps, recipe.trainer.batch_tokens)
+    features = Features(texts.train, capture, out / RUN / "features", recipe.cache.gigabytes)
+    if accelerator.is_main_process and features.kept:
+        with console.status("capturing features") as status:
+            done = [0]
+
+            def advance(tokens: int) -> None:
+                done[0] += tokens
+                status.update(f"capturing features: {done[0]:,} tokens")
+
+            features.fill(advance)
+    accelerator.wait_for_everyone()
+    objective, optimizer = build(target, config, vocabulary, features, recipe)
+    identity = {"target": target.info.fingerprint, "recipe": recipe.hash(), "taps": str(config.taps)}
+    task = Task(recipe, objective, optimizer, texts.train, features, texts.skip, identity)
+    splits = [
+        DevSplit(Features(dev_texts(part, recipe.evaluation.prompts), capture), objective.scale)
+        for part in (texts.greedy, texts.sampled)
+    ]
+    with Watch(out, console, accelerator) as watch:
+        evaluate = Evaluator(objective.head, target.embed, *splits)
+        trainer = Trainer(task, out / RUN, evaluate, watch, accelerator)
+        if trainer.resume():
+            console.print(f"resuming at step {trainer.progress.step:,}")
+        progress = trainer.run()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        _deliver(out, loaded, task, config, progress, texts, vocabulary, trainer.clock.seconds / 60)
+    return out
+
+
+def _deliver(out: Path, loaded: LoadedTarget, task: Task, config: HeadConfig, progress: Progress, texts: Texts,
+             vocabulary: Vocabulary, minutes: float) -> None:  # fmt: skip
+    """The best head as a raw EAGLE-3 checkpoint, its card, plot and recipe."""
+    directory = out / RUN
+    state = load_state(directory / BEST, task.identity) or load_state(directory / LAST, task.identity)
+    assert state is not None, "the trainer ends with a checkpoint"
+    export(state, config, out, loaded)
+    (out / "recipe.yaml").write_text(task.recipe.to_yaml(), encoding="utf-8")
+    story = Story(
+        loaded.target.info.name, config, task.recipe, texts.sources, texts.licences, sum(map(len, texts.train)),
+        progress.tokens, vocabulary.coverage, minutes, str(task.objective.head.device), state.get("measured", {}),
+    )  # fmt: skip
+    write_card(out, story)
+    draw(out)
+
+
+def export(state: dict[str, Any], config: HeadConfig, out: Path, loaded: LoadedTarget) -> Path:
+    """Write a checkpoint's head, scale folded in, as a raw EAGLE-3 directory."""
+    head = DraftHead(config)
+    head.load_state_dict({name: value.cpu() for name, value in folded(state["head"], state["scale"]).items()})
+    about = load_config(loaded.files.directory)
+    stops = loaded.target.info.stop_ids
+    names = TargetNames(
+        loaded.target.info.name, (loaded.target.info.architecture,), about.get("bos_token_id"),
+        stops[0] if len(stops) == 1 else tuple(stops) or None, loaded.target.info.max_length,
+    )  # fmt: skip
+    return save_raw(head, out, target=names)
+
+
+def _accelerator(recipe: Recipe, order: Order, dtype: torch.dtype) -> Accelerator:
+    tracker = recipe.trainer.tracker
+    cpu = order.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(order.out / RUN)
+    )
+    if tracker != "none":
+        accelerator.init_trackers("specdec", config={"recipe": recipe.hash(), "dtype": str(dtype)})
+    return accelerator
+
+
+@contextmanager
+def _store(order: Order, loaded: LoadedTarget) -> Iterator[ResponseStore]:
+    path = order.out / RUN / "responses.jsonl"
+    try:
+        store = ResponseStore(path, loaded.target.info.fingerprint)
+    except MismatchError as error:
+        raise MismatchError("the directory holds another target's answers", field="out", value=str(order.out),
+                            remedy="Choose another directory.") from error  # fmt: skip
+    with store:
+        yield store
+
+
+def _answerer(order: Order, loaded: LoadedTarget, recipe: Recipe) -> Answerer:
+    target = loaded.target
+    if order.endpoint is not None:
+        endpoint = Endpoint(order.endpoint, target.info.name)
+        return EndpointAnswerer(endpoint, _encoder(loaded), target.info.stop_ids[0])
+    length = min(target.info.max_length, recipe.data.max_length + recipe.responses.max_tokens)
+    return EngineAnswerer(target, recipe.responses.batch, length)
+
+
+def _encoder(loaded: LoadedTarget) -> Callable[[str], list[int]]:
+    def encode(text: str) -> list[int]:
+        ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return encode
