@@ -9,22 +9,19 @@ from specdec.engine.request import Request
 from specdec.server.calls import Step
 
 
-def usage(requests: Sequence[Request], completion: int) -> dict[str, Any]:
+def usage(firsts: Sequence[Request], completion: int) -> dict[str, Any]:
     """OpenAI's block. A prompt that several choices share counts once.
 
     Args:
-        requests: of one call.
-        completion: emitted tokens of all of them, those of the stop included.
+        firsts: the first choice of every prompt.
+        completion: emitted tokens of all choices, those of the stop included.
     """
-    prompts = {
-        request.prompt: request.reused for request in reversed(requests)
-    }  # the first choice's share wins
-    tokens = sum(map(len, prompts))
+    tokens = sum(len(request.prompt) for request in firsts)
     return {
         "prompt_tokens": tokens,
         "completion_tokens": completion,
         "total_tokens": tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(prompts.values())},
+        "prompt_tokens_details": {"cached_tokens": sum(request.reused for request in firsts)},
     }
 
 

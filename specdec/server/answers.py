@@ -182,7 +182,8 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.state.name}
 
     def _usage(self, progress: list[Progress]) -> dict[str, Any]:
-        return usage(self.call.requests, sum(one.tokens for one in progress))
+        firsts = self.call.requests[:: self.asked.choices]
+        return usage(firsts, sum(one.tokens for one in progress))
 
     def _metrics(self) -> dict[str, Any]:
         """Acceptance, where asked for; of a single sequence only, as in vLLM."""

@@ -42,7 +42,7 @@ def law(decoder: SpecDecoder, ids: list[int]) -> torch.Tensor:
     return target.logits(states.final)[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("prompt", ["ab", ["ab", "cde"], IDS[0], IDS])
+@pytest.mark.parametrize("prompt", ["ab", ["ab", "cde", "ab"], IDS[0], IDS])
 def test_every_kind_of_prompt(http: httpx.Client, decoder: SpecDecoder, prompt: Any) -> None:
     body = post(http, prompt=prompt, max_tokens=8)
     many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
