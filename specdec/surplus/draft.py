@@ -23,7 +23,7 @@ from specdec.surplus.capture import Document
 from specdec.surplus.contract import Contexts, TargetHead
 from specdec.surplus.estimate import TOPS, Scores, join, score
 from specdec.surplus.labels import Lumping
-from specdec.surplus.predict import children_mass, rank_masses, sampled_survival, truncated
+from specdec.surplus.predict import children_mass, rank_masses, truncated
 
 RANKS = max(TOPS)
 SAMPLE = 4
@@ -39,7 +39,7 @@ class DraftRows:
         scores: as of a probe; gap on the lumped vocabulary, alpha and children masses on the full one.
         fresh_gap: float32 [n], gap had the features been the target's own at every step.
         coverage: float32 [n], the target's mass on the draft vocabulary.
-        survival: float32 [n], min(1, q / p) of the token that came; NaN where the text ended.
+        log_ratio: float32 [n], log q - log p of the token that came; NaN where the text ended.
         rank: int64 [n], rank of the token that came in q, RANKS where it is not among the best.
         masses: float32 [n, RANKS], the target's mass on the r-th best token of q.
         law: log p and log q [s, M] lumped of a sample of rows, with their documents [s].
@@ -49,7 +49,7 @@ class DraftRows:
     scores: Scores
     fresh_gap: Tensor
     coverage: Tensor
-    survival: Tensor
+    log_ratio: Tensor
     rank: Tensor
     masses: Tensor
     law: tuple[Tensor, Tensor, Tensor]
@@ -96,6 +96,7 @@ class HeadReader:
     ) -> None:  # fmt: skip
         self.head, self.embed, self.output = head, embed, output
         self.columns, self.depths, self.lumping, self.stride = columns, depths, lumping, stride
+        self.ids = head.ids.cpu()
 
     @torch.inference_mode()
     def read(self, document: Document, first_row: int) -> list[DraftRows]:
@@ -115,16 +116,17 @@ class HeadReader:
 
     def _unroll(self, document: Document) -> list[Tensor]:
         """y of every depth: [R - j, H] of depth j, rows in order."""
-        taps = document.taps[:-1, list(self.columns)].flatten(1).to(self.head.dtype)
+        device = self.head.device
+        taps = document.taps[:-1, list(self.columns)].flatten(1).to(device, self.head.dtype)
         reading = _Reading(self.head.config.window)
         outputs: list[Tensor] = []
         g = self.head.fuse(taps[None])
         for j in range(1, self.depths + 1):
-            tokens = document.ids[None, j:]
+            tokens = document.ids[None, j:].to(device)
             if not tokens.shape[1]:
                 break
             g = g[:, : tokens.shape[1]]
-            angles = self.head.angles(torch.arange(tokens.shape[1])[None] + j - 1)
+            angles = self.head.angles(torch.arange(tokens.shape[1], device=device)[None] + j - 1)
             y = self.head(self.embed(tokens).to(g.dtype), g, angles, reading)
             outputs.append(y[0])
             g = self.head.feedback(y)
@@ -135,7 +137,7 @@ class HeadReader:
         log_p = self.output.log_probs(document.final[label])
         log_q = self._log_q(outputs[j - 1][at])
         fresh = self._log_q(outputs[0][label - 1])
-        cut = truncated(log_p, log_q, self.head.ids)
+        cut = truncated(log_p, log_q, self.ids)
         full = self._spread(log_q)
         where = Contexts(j + 1, torch.arange(len(at)), at[:, None])
         doc = torch.full((len(at),), document.doc)
@@ -151,19 +153,19 @@ class HeadReader:
             confidence=log_q.max(-1).values.exp(),
         )
         fresh_gap = score(where, doc, lumped_p, self._lump(self._spread(fresh)), control).gap
-        survival, rank = _came(document, label + 1, log_p, full)
+        log_ratio, rank = _came(document, label + 1, log_p, full)
         some = torch.arange(j % SAMPLE, len(at), SAMPLE)
         law = (lumped_p[some], lumped_q[some], doc[some])
-        return DraftRows(j + 1, scores, fresh_gap, cut.coverage, survival, rank, masses, law)
+        return DraftRows(j + 1, scores, fresh_gap, cut.coverage, log_ratio, rank, masses, law)
 
     def _log_q(self, y: Tensor) -> Tensor:
-        """The head's law at the serving temperature, float32 [n, Vd]."""
-        return torch.log_softmax(self.head.logits(y).float() / self.output.temperature, dim=-1)
+        """The head's law at the serving temperature, float32 [n, Vd] on the host."""
+        return torch.log_softmax(self.head.logits(y).float().cpu() / self.output.temperature, dim=-1)
 
     def _spread(self, log_q: Tensor) -> Tensor:
         """Over the target's vocabulary: [n, V], -inf outside the draft vocabulary."""
         full = log_q.new_full((log_q.shape[0], self.head.config.vocab), float("-inf"))
-        full[:, self.head.ids] = log_q
+        full[:, self.ids] = log_q
         return full
 
     def _lump(self, full: Tensor) -> Tensor:
@@ -171,14 +173,14 @@ class HeadReader:
 
 
 def _came(document: Document, row: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Survival and rank of the tokens that really followed; NaN and RANKS past the end of the text."""
+    """log q - log p and rank in q of the tokens that really followed; NaN and RANKS past the end of the text."""
     known = row < document.ids.shape[0]
     tokens = document.ids[row.clamp_max(document.ids.shape[0] - 1)]
-    survival = sampled_survival(log_p, log_q, tokens).masked_fill(~known, float("nan"))
+    ratio = (log_q - log_p).gather(-1, tokens[:, None])[:, 0].masked_fill(~known, float("nan"))
     picks = log_q.topk(min(RANKS, log_q.shape[-1]), dim=-1).indices
     hits = picks == tokens[:, None]
     rank = torch.where(hits.any(-1), hits.to(torch.int64).argmax(-1), RANKS)
-    return survival, rank.masked_fill(~known, RANKS)
+    return ratio, rank.masked_fill(~known, RANKS)
 
 
 class _Reading:
@@ -196,7 +198,7 @@ class _Reading:
         self.values.append(value[0].repeat_interleave(groups, dim=1).float())
         q = query[0].float()
         far = torch.einsum("nhd,mhd->hnm", q, self.keys[0][:n]) * scale
-        far = far.masked_fill(self._hidden(n), float("-inf"))
+        far = far.masked_fill(self._hidden(n, far.device), float("-inf"))
         near = [(q * k[:n]).sum(-1).T[..., None] * scale for k in self.keys[1:]]
         weights = torch.cat([far, *near], dim=-1).softmax(-1)
         out = torch.einsum("hnm,mhd->nhd", weights[..., :n], self.values[0][:n])
@@ -204,12 +206,13 @@ class _Reading:
             out = out + weights[..., n + i].T[..., None] * v[:n]
         return out[None].to(query.dtype)
 
-    def _hidden(self, n: int) -> Tensor:
+    def _hidden(self, n: int, device: torch.device) -> Tensor:
         """bool [n, n]: true rows that row t of this depth does not see."""
-        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        hidden = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
         if self.window is not None:
             depth = len(self.keys) - 1
-            age = torch.arange(n)[:, None] + depth - torch.arange(n)
+            row = torch.arange(n, device=device)
+            age = row[:, None] + depth - row
             hidden |= age >= self.window
         return hidden
 
@@ -226,7 +229,7 @@ def gather(documents: Iterable[list[DraftRows]]) -> dict[int, DraftRows]:
 def _joined(depth: int, parts: list[DraftRows]) -> DraftRows:
     columns = {
         name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("fresh_gap", "coverage", "survival", "rank", "masses")
+        for name in ("fresh_gap", "coverage", "log_ratio", "rank", "masses")
     }
     laws = [torch.cat(column) for column in zip(*(part.law for part in parts), strict=True)]
     return DraftRows(depth, join([part.scores for part in parts]), law=(laws[0], laws[1], laws[2]), **columns)
@@ -235,6 +238,6 @@ def _joined(depth: int, parts: list[DraftRows]) -> DraftRows:
 def take(rows: DraftRows, keep: Tensor) -> DraftRows:
     """Rows picked by a mask or index; the sample of laws stays."""
     columns = {
-        name: getattr(rows, name)[keep] for name in ("fresh_gap", "coverage", "survival", "rank", "masses")
+        name: getattr(rows, name)[keep] for name in ("fresh_gap", "coverage", "log_ratio", "rank", "masses")
     }
     return DraftRows(rows.depth, rows.scores.take(keep), law=rows.law, **columns)

@@ -42,16 +42,27 @@ class Aligned:
         return self.depths[0].scores.doc
 
     def law(self, shape: str) -> DepthLaw:
-        """Depth law of a chain: sampled drafts (1 - TV) or one deterministic child (its mass)."""
-        if shape == "sampled chain":
+        """Depth law of a chain: one deterministic child per depth, or sampled drafts under block verification."""
+        if shape != "sampled chain":
             return depth_law(
-                torch.stack([rows.scores.alpha for rows in self.depths], dim=1),
-                torch.stack([rows.survival for rows in self.depths], dim=1),
+                torch.stack([rows.scores.top[:, 0] for rows in self.depths], dim=1),
+                torch.stack([(rows.rank == 0).float() for rows in self.depths], dim=1),
             )
-        return depth_law(
-            torch.stack([rows.scores.top[:, 0] for rows in self.depths], dim=1),
-            torch.stack([(rows.rank == 0).float() for rows in self.depths], dim=1),
-        )
+        reach = self.block_survival().mean(0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), reach[:-1]])
+        forced = torch.stack([rows.scores.alpha.double().mean() for rows in self.depths])
+        return DepthLaw(forced, reach / before.clamp_min(1e-300), reach)
+
+    def block_survival(self) -> Tensor:
+        """How much of a block of sampled drafts survives on the target's own text, float64 [n, K].
+
+        Block verification (arXiv 2403.10444) accepts w_j = min(1, w_{j-1} p/q) of a path drawn from Q. Weighted back
+        to the target's law that is the running minimum of the cumulative ratio:
+        P(L >= j) = E_P min(1, min_{i<=j} Q(x_1..x_i) / P(x_1..x_i)), never below the token rule's product of minima.
+        """
+        ratio = torch.stack([rows.log_ratio.double() for rows in self.depths], dim=1)
+        floor = ratio.cumsum(1).nan_to_num(float("-inf"), neginf=float("-inf")).cummin(1).values
+        return floor.clamp_max(0).exp()
 
     def survivors(self, width: int) -> list[Tensor]:
         """float64 [n] per depth: did the text so far stay among the best `width` of the head?"""
@@ -82,7 +93,7 @@ def align(rows: Mapping[int, DraftRows], domain_of_row: Tensor) -> Aligned:
         RequestError: no context reaches the deepest depth.
     """
     deepest = rows[max(rows)]
-    at = deepest.scores.at[deepest.survival.isfinite()]
+    at = deepest.scores.at[~deepest.log_ratio.isnan()]
     if not at.numel():
         raise RequestError(
             "no text is long enough", field="draft depth", value=max(rows) - 1, remedy="Longer answers."
@@ -165,23 +176,21 @@ def _group(part: Aligned, shape: str, shapes: Sequence[TreeShape]) -> dict[str, 
     found: dict[str, list[Tensor]] = {name: [] for name in CellForecasts.__slots__}
     for weight, rows in zip(alive, part.depths, strict=True):
         s = rows.scores
-        own = s.alpha if shape == "sampled chain" else rows.masses[:, 0]
-        columns = (own, erfc_link(s.gap), s.confidence, s.entropy, s.entropy + s.gap)
+        columns = (rows.masses[:, 0], erfc_link(s.gap), s.confidence, s.entropy, s.entropy + s.gap)
         for name, value in zip(found, columns, strict=True):
             found[name].append((weight * value.double()).sum() / weight.sum().clamp_min(1e-9))
     means = {name: torch.stack(values) for name, values in found.items()}
     if shape == "tree":
         reach = tree_reach(part, shapes)
         means["ours"] = reach[1:] / reach[:-1].clamp_min(1e-9)
+    if shape == "sampled chain":
+        means["ours"] = part.law(shape).alpha
     return means
 
 
 def _alive(part: Aligned, shape: str, shapes: Sequence[TreeShape]) -> list[Tensor]:
     if shape == "sampled chain":
-        alive = [torch.ones(len(part.domain), dtype=torch.float64)]
-        for rows in part.depths[:-1]:
-            alive.append(alive[-1] * rows.survival.double())
-        return alive
+        return [torch.ones(len(part.domain), dtype=torch.float64), *part.block_survival().T[:-1]]
     if shape == "tree":
         return part.survivors(max((max(s.ranks) for s in shapes), default=0) + 1)
     return part.survivors(1)

@@ -61,7 +61,7 @@ class EngineRecorder:
         limit: events kept.
         seed: of the sample of trees.
         rounds, emitted, expected: per document: rounds heard, tokens they emitted, and the sum over rounds of
-            the tree's expected length under the target's law (bonus included).
+            the tree's expected length under the target's law (bonus included); NaN for sampled chains.
         dropped: events beyond `limit`.
     """
 
@@ -91,6 +91,10 @@ class EngineRecorder:
         tree = round.tree
         chance = node_probs(tree, round.logits, self.temperature)
         expected = expected_length(tree, chance)
+        if (
+            tree.probs is not None
+        ):  # a sampled chain is not walked: its rule keeps more than the children's mass
+            expected = torch.full_like(expected, float("nan"))
         mass, confidence = _offers(tree, chance)
         for row in rows:
             doc = self.docs[round.requests[row]]

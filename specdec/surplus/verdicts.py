@@ -96,7 +96,7 @@ def _f1(evidence: Evidence) -> list[Value]:
 def _ex_ante(evidence: Evidence) -> Value:
     """What draft confidence alone knows about the text's next token: the bar for any ex-ante predictor."""
     rows = evidence.head[2]
-    known = rows.survival.isfinite()
+    known = ~rows.log_ratio.isnan()
     scores, hit = rows.scores.take(known), (rows.rank[known] == 0).float()
 
     def area(index: Tensor) -> float:

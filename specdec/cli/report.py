@@ -1,0 +1,307 @@
+"""`specdec report`: how much the target's states know, how much a head captures, and what the engine accepts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdec.cli.options import DTYPES, taps_of
+from specdec.errors import RequestError, SpecdecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specdec.head.model import DraftHead
+    from specdec.surplus.capture import Passage
+    from specdec.surplus.plan import Plan
+    from specdec.surplus.values import Value
+    from specdec.target.load import LoadedTarget
+    from specdec.target.protocol import Target
+
+EXAMPLES = """\
+examples:
+  specdec report --prompts prompts.jsonl --out plan                       which taps, which domains, what tau
+  specdec report --prompts a.jsonl b.jsonl --head my-head --out report    and what this head makes of it
+  specdec report --compare plan/report.json report/report.json
+  specdec report --self-check                                             closed-form controls; exit 1 if one fails
+
+An interrupted report goes on when the same command is given again (its captured text lies in OUT.work)."""
+BUDGETS = ("quick", "standard", "full")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("--target", default="smollm2-135m", help="name, directory, .gguf file or Hub id")
+    parser.add_argument(
+        "--head", default=None, metavar="auto|PATH", help="a draft head (default: none, a plan report)"
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", type=Path, metavar="FILE", help="jsonl files, one domain each"
+    )
+    parser.add_argument("--out", type=Path, help="directory of the report; must not exist")
+    parser.add_argument(
+        "--budget", default="quick", choices=BUDGETS, help="how much to compute (default: quick)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of serving (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--taps", action="append", default=[], metavar="I,J,K", help="a tap set to rank (repeatable)"
+    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="weights (default: float32)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="replace a finished report")
+    parser.add_argument("--work", type=Path, default=None, help="keep captured text here (default: OUT.work)")
+    parser.add_argument("--json", action="store_true", help="print report.json on standard output too")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two reports")
+    parser.add_argument("--self-check", action="store_true", help="run the closed-form controls")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if args.self_check:
+        return self_check(console)
+    if args.compare:
+        return compare(console, *args.compare)
+    if not args.prompts or args.out is None:
+        raise RequestError(
+            "needs --prompts and --out", field="report", remedy="Or --compare, or --self-check."
+        )
+    return make(console, args)
+
+
+def make(console: Console, args: argparse.Namespace) -> int:
+    """The report itself."""
+    from specdec.surplus import run as runs
+    from specdec.surplus.plan import check_documents, plan_of
+    from specdec.surplus.write import check_out, write_report
+    from specdec.target.load import load_target
+
+    check_out(args.out, force=args.force)
+    dialogues = _dialogues(args.prompts)
+    plan = plan_of(args.budget)
+    check_documents(plan, len(dialogues), head=args.head is not None)
+    tap_sets = tuple(taps for taps in (taps_of(text) for text in args.taps) if taps is not None)
+    loaded = load_target(args.target, dtype=_dtype(args.dtype), device=args.device)
+    head = _head(loaded.target, args.head)
+    passages = _passages(console, loaded, dialogues, plan)
+    work = args.work or args.out.with_name(args.out.name + ".work")
+    order = runs.Order(
+        target=loaded.target, passages=passages, plan=plan, work=work, head=head, tap_sets=tap_sets,
+        temperature=args.temperature, seed=args.seed, told=_told(args, len(dialogues)),
+    )  # fmt: skip
+    _announce(console, order)
+    with _Bars(console) as bars:
+        report = runs.run(order, bars.say)
+    page = write_report(report, args.out, force=args.force)
+    if args.work is None:
+        _remove(work)
+    summary(console, report.values)
+    console.print(f"report: {page}", highlight=False)
+    if args.json:
+        sys.stdout.write((args.out / "report.json").read_text(encoding="utf-8") + "\n")
+    return 0
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def _dialogues(files: Sequence[Path]) -> list[tuple[str, Any]]:
+    """(domain, dialogue) of every row; the domain is the row's category, else the file's name."""
+    from specdec.cli.prompts import read_dialogues
+
+    return [(row.category or file.stem, row) for file in files for row in read_dialogues(file)]
+
+
+def _head(target: Target, name: str | None) -> DraftHead | None:
+    """Load and check a head. Raises SpecdecError for "auto" where none ships, MismatchError for a stranger."""
+    if name is None:
+        return None
+    from specdec.head.checkpoint import load_head
+    from specdec.head.match import check_match
+    from specdec.head.pretrained import shipped_head
+
+    info = target.info
+    path = shipped_head(info.name) if name == "auto" else Path(name)
+    if path is None:
+        raise SpecdecError(
+            "no head ships for this target", field="head", value=info.name, remedy="Name a directory."
+        )
+    head = load_head(path, target_layers=info.layers, dtype=info.dtype, device=info.device)
+    check_match(
+        head.config,
+        vocab=info.vocab,
+        hidden=info.hidden,
+        layers=info.layers,
+        fingerprint=info.fingerprint,
+        name=info.name,
+    )
+    head.freeze()
+    return head
+
+
+def _passages(
+    console: Console, loaded: LoadedTarget, dialogues: Sequence[tuple[str, Any]], plan: Plan
+) -> tuple[Passage, ...]:
+    """First turns as token ids; prompts that leave no room for an answer are counted and left out."""
+    from specdec.surplus.capture import Passage
+
+    room = loaded.target.info.max_length - plan.max_tokens - 1
+    made, long = [], 0
+    for domain, row in dialogues:
+        ids = _encode(loaded, [*row.messages, {"role": "user", "content": row.turns[0]}])
+        if len(ids) > room:
+            long += 1
+            continue
+        made.append(Passage(row.id, domain, ids))
+    if long:
+        console.print(f"{long} prompts are longer than {room} tokens and were left out", highlight=False)
+    return tuple(made)
+
+
+def _encode(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    tokenizer = loaded.tokenizer
+    if not tokenizer.chat_template:
+        return tuple(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+    rendered = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return tuple(rendered)  # type: ignore[arg-type]  # transformers types every kind of return
+
+
+def _told(args: argparse.Namespace, prompts: int) -> dict[str, Any]:
+    """How the report was made; file names without their directories."""
+    from importlib import metadata
+
+    from specdec import __version__
+
+    command = ["specdec report", f"--target {args.target}", f"--budget {args.budget}"]
+    command += [f"--head {args.head}"] if args.head else []
+    command += [f"--temperature {args.temperature:g} --seed {args.seed} --dtype {args.dtype}"]
+    command += [f"--prompts {' '.join(path.name for path in args.prompts)}"]
+    return {
+        "command": " ".join(command),
+        "prompts": prompts,
+        "versions": f"specdec {__version__}, torch {metadata.version('torch')}",
+    }
+
+
+def _announce(console: Console, order: Any) -> None:
+    """What will be done, and about how long it takes."""
+    from specdec.surplus.plan import OUTCOME_SHARE, Sizes, arithmetic_rate, estimated_minutes
+    from specdec.surplus.run import tap_sets_of
+
+    info, plan = order.target.info, order.plan
+    documents = min(plan.documents, len(order.passages))
+    outcomes = round(documents * OUTCOME_SHARE) if order.head is not None else 0
+    widths = tuple(len(taps) for taps in tap_sets_of(order))
+    sizes = Sizes(info.hidden, info.layers, info.vocab, documents - outcomes, outcomes, widths)
+    minutes = estimated_minutes(plan, sizes, arithmetic_rate())
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in minutes.items() if value >= 0.5)
+    console.print(
+        f"{plan.budget} report on {info.name}: {documents - outcomes} documents predict, {outcomes} are measured, "
+        f"{len(widths)} tap sets; about {sum(minutes.values()):.0f} minutes ({parts or 'seconds each'})",
+        highlight=False,
+    )
+    for cut in plan.cuts:
+        console.print(f"  this budget cuts: {cut}", highlight=False, style="dim")
+
+
+class _Bars:
+    """Progress by stage on the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def say(self, stage: str, done: int, of: int) -> None:
+        """Move one bar."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=of)
+        self.progress.update(self.tasks[stage], completed=done, total=of)
+
+
+def _remove(work: Path) -> None:
+    import shutil
+
+    shutil.rmtree(work)
+
+
+def summary(console: Console, values: Value) -> None:
+    """Findings and claims on the terminal."""
+    from rich.table import Table
+
+    from specdec.surplus.page import findings, show
+
+    for line in findings(values):
+        console.print(f"- {line}", highlight=False, markup=False)
+    table = Table(title="claims (95% document intervals)")
+    for name in ("claim", "number", "threshold", "verdict", "note"):
+        table.add_column(name, overflow="fold")
+    colours = {"holds": "green", "fails": "red"}
+    for claim in values["claims"]:
+        verdict = claim["verdict"] + (" *" if claim["impressive"] else "")
+        style = colours.get(claim["verdict"], "dim")
+        table.add_row(
+            claim["name"], show(claim["number"]).replace("[", r"\["), claim["threshold"],
+            f"[{style}]{verdict}[/{style}]", claim["note"].replace("[", r"\["),
+        )  # fmt: skip
+    console.print(table)
+
+
+def compare(console: Console, left: Path, right: Path) -> int:
+    """Two reports side by side."""
+    from rich.table import Table
+
+    from specdec.surplus.page import show
+    from specdec.surplus.write import changes, comparable, read_report
+
+    a, b = read_report(left), read_report(right)
+    for line in comparable(a, b):
+        console.print(f"differs: {line}", highlight=False, markup=False, style="yellow")
+    table = Table(title="A against B (intervals that do not overlap are apart)")
+    for name in ("number", "A", "B", ""):
+        table.add_column(name, overflow="fold")
+    for name, ours, theirs, word in changes(a, b):
+        row = (name, show(ours), show(theirs))
+        table.add_row(
+            *(cell.replace("[", r"\[") for cell in row), word, style="bold" if word == "apart" else ""
+        )
+    console.print(table)
+    return 0
+
+
+def self_check(console: Console) -> int:
+    """The closed-form controls: 0 when all pass, 1 when one fails."""
+    from rich.table import Table
+
+    from specdec.surplus import controls
+
+    with console.status("running the closed-form controls"):
+        checks = controls.self_check()
+    table = Table(title="controls with a known answer")
+    for name in ("control", "expected", "measured", "tolerance", ""):
+        table.add_column(name)
+    for check in checks:
+        word = "[green]passed[/green]" if check.passed else "[red]FAILED[/red]"
+        numbers = (f"{value:.4f}" for value in (check.expected, check.measured, check.tolerance))
+        table.add_row(check.name, *numbers, word)
+    console.print(table)
+    return 0 if all(check.passed for check in checks) else 1
