@@ -11,11 +11,14 @@ Dimension legend: B sequences, H heads, G kv heads, T positions, S diagonal keys
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 def causal_with_diagonals(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor,
@@ -39,7 +42,7 @@ def causal_with_diagonals(query: Tensor, key: Tensor, value: Tensor, own_key: Te
     if query.device.type == "cpu":
         out: Tensor = _Merged.apply(query, key, value, own_key, own_value, scale)  # type: ignore[no-untyped-call]  # torch
         return out
-    return plain(query, key, value, own_key, own_value, scale)
+    return flex(query, key, value, own_key, own_value, scale)
 
 
 def plain(
@@ -53,6 +56,37 @@ def plain(
     weights = torch.cat([scores.masked_fill(later, -torch.inf), own], dim=-1).softmax(-1)
     out = weights[..., :t] @ value.float() + (weights[..., t:, None] * own_value.float()).sum(3)
     return out.to(query.dtype)
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, scale: float
+) -> Tensor:
+    """The same by FlexAttention, compiled on CUDA: own keys lie behind the causal ones, step after step.
+
+    key column   0 .. T - 1 causal | T + s T + t seen by row t alone
+    """
+    t, own = query.shape[2], own_key.shape[3]
+    keys = torch.cat([key, own_key.transpose(2, 3).flatten(2, 3)], dim=2)
+    values = torch.cat([value, own_value.transpose(2, 3).flatten(2, 3)], dim=2)
+    mask = _block_mask(t, own, query.device)
+    run: Callable[..., object] = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    out = run(query, keys, values, block_mask=mask, scale=scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@lru_cache(maxsize=32)
+def _block_mask(t: int, own: int, device: torch.device) -> BlockMask:
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return ((column < t) & (column <= row)) | ((column >= t) & ((column - t) % t == row))
+
+    return create_block_mask(sees, None, None, t, t * (1 + own), device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., object]:
+    # dynamic: lengths differ from batch to batch, and every new one would compile again
+    return torch.compile(flex_attention, dynamic=True)
 
 
 class _Merged(torch.autograd.Function):

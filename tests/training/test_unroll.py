@@ -12,7 +12,7 @@ from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
 from specdec.head.model import DraftHead
-from training.diagonal import causal_with_diagonals, plain
+from training.diagonal import causal_with_diagonals, flex, plain
 from training.unroll import Unroll, graded_rows, shifted
 
 STEPS = 4
@@ -146,3 +146,28 @@ def test_merged_attention_equals_one_softmax(own: int) -> None:
         torch.autograd.grad(fast, used, weight), torch.autograd.grad(slow, used, weight), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_equals_one_softmax() -> None:
+    """Uncompiled, so that it runs on a CPU; the mask is what can be wrong."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 9, 8)] * 3 + [(2, 4, 9, 3, 8)] * 2
+    inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
+    torch.testing.assert_close(flex(*inputs, scale=0.3), plain(*inputs, scale=0.3))
+
+
+@pytest.mark.gpu
+def test_the_unroll_is_the_same_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    head, embed = tiny_head(), Embed()
+    features, tokens = batch(2, 40)
+    expected = Unroll(head, embed)(features, tokens, every(tokens))
+    head.cuda()
+    head._rope = None  # the tables are made once, on the first device
+    embed.weight = embed.weight.cuda()
+    found = Unroll(head, embed)(features.cuda(), tokens.cuda(), every(tokens.cuda()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.y.cpu(), b.y, rtol=1e-3, atol=1e-3)
