@@ -69,7 +69,7 @@ def flex(
     keys = torch.cat([key, own_key.transpose(2, 3).flatten(2, 3)], dim=2)
     values = torch.cat([value, own_value.transpose(2, 3).flatten(2, 3)], dim=2)
     mask = _block_mask(t, own, query.device)
-    run: Callable[..., object] = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    run = _compiled_flex() if query.device.type == "cuda" else _plain_flex
     out = run(query, keys, values, block_mask=mask, scale=scale)
     assert isinstance(out, Tensor)
     return out
@@ -81,6 +81,10 @@ def _block_mask(t: int, own: int, device: torch.device) -> BlockMask:
         return ((column < t) & (column <= row)) | ((column >= t) & ((column - t) % t == row))
 
     return create_block_mask(sees, None, None, t, t * (1 + own), device=device)
+
+
+def _plain_flex(*arguments: Any, **options: Any) -> object:
+    return flex_attention(*arguments, **options)
 
 
 @lru_cache(maxsize=1)
