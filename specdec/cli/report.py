@@ -239,9 +239,14 @@ class _Bars:
 
 
 def _remove(work: Path) -> None:
+    """Delete what a run left in its working directory, and nothing else that may lie there."""
+    import contextlib
     import shutil
 
-    shutil.rmtree(work)
+    for part in ("capture", "stages"):
+        shutil.rmtree(work / part, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: somebody else's files
+        work.rmdir()
 
 
 def summary(console: Console, values: Value) -> None:
