@@ -17,7 +17,7 @@ SMALL = ProbeSettings(width=24, rank=12, token_width=8, epochs=2, patience=1, ba
 TINY_PLAN: Plan = replace(
     QUICK,
     budget="tiny",
-    documents=60,
+    documents=70,
     max_tokens=20,
     depths=(2, 3),
     rotations=1,

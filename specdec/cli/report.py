@@ -173,7 +173,7 @@ def _encode(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, 
     rendered = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    return tuple(rendered)  # type: ignore[arg-type]  # transformers types every kind of return
+    return tuple(rendered)
 
 
 def _told(args: argparse.Namespace, prompts: int) -> dict[str, Any]:

@@ -226,4 +226,5 @@ def _fit_scale(gaps: Sequence[Tensor], goal: Tensor) -> float:
         means = torch.stack([erfc_link(scale * gap).double().mean() for gap in gaps])
         return float((means - goal).square().sum())
 
-    return min((2.0 ** (step / 4) for step in range(-16, 25)), key=misfit)
+    scales: list[float] = [2.0 ** (step / 4) for step in range(-16, 25)]
+    return min(scales, key=misfit)

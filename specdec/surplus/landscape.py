@@ -59,7 +59,9 @@ def _projected(values: Tensor, generator: torch.Generator) -> Tensor:
     wide = (values - values.mean(0)) / values.std(0).clamp_min(1e-6)
     if wide.shape[1] <= PROJECTION:
         return wide
-    return wide @ (torch.randn(wide.shape[1], PROJECTION, generator=generator) / wide.shape[1] ** 0.5)
+    directions = torch.randn(wide.shape[1], PROJECTION, generator=generator) / wide.shape[1] ** 0.5
+    projected: Tensor = wide @ directions
+    return projected
 
 
 def geometry(material: Material, plan: Plan) -> Value:
@@ -67,13 +69,13 @@ def geometry(material: Material, plan: Plan) -> Value:
     c = material.captured
     rows = material.sample(384)
     final, doc = c.final[rows].float(), c.doc[rows]
-    parts = [spectrum(fisher_factor(c.head, chunk, top=512)) for chunk in final.split(32)]
+    parts = [spectrum(fisher_factor(c.head, chunk, top=512)) for chunk in torch.split(final, 32)]
     values = torch.cat([part.values for part in parts])
     shape = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("effective_rank", "participation", "anisotropy")
     }
-    entropy = torch.cat([shannon(c.head.log_probs(chunk)) for chunk in final.split(256)])
+    entropy = torch.cat([shannon(c.head.log_probs(chunk)) for chunk in torch.split(final, 256)])
     names = bin_names(entropy, ENTROPY_EDGES, "nats")
     bins = []
     for name in dict.fromkeys(sorted(names)):
@@ -97,10 +99,10 @@ def entropies(material: Material, plan: Plan) -> Value:
     rows = material.sample(1024)
     parts, full, lumped = list[Tensor](), list[Tensor](), list[Tensor]()
     mean = torch.zeros(c.head.unembedding.shape[0])
-    for chunk in rows.split(256):
+    for chunk in torch.split(rows, 256):
         mean += c.head.log_probs(c.final[chunk]).exp().sum(0)
     law = (mean / rows.shape[0]).clamp_min(1e-12).log()[None]
-    for chunk in rows.split(256):
+    for chunk in torch.split(rows, 256):
         log_p = c.head.log_probs(c.final[chunk])
         parts.append(torch.stack([shannon(log_p), gini_simpson(log_p), renyi(log_p, 2.0)], dim=1))
         full.append((log_p.exp() * (log_p - law)).sum(-1))

@@ -73,7 +73,7 @@ def prepare(captured: Captured, tokens: Tensor, plan: Plan, draft_ids: Tensor | 
     vocab = captured.head.unembedding.shape[0]
     rows = torch.arange(0, captured.ids.shape[0], max(1, captured.ids.shape[0] // 4096))
     weight = torch.zeros(vocab)
-    for part in rows.split(256):
+    for part in torch.split(rows, 256):
         weight += captured.head.log_probs(captured.final[part]).exp().sum(0)
     lumping = _lumping(weight, plan.symbols, draft_ids)
     labels: Labels = HeadLabels(captured.head, captured.final, lumping)

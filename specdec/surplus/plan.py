@@ -86,8 +86,9 @@ class Plan:
 
     @property
     def predictors_needed(self) -> int:
-        """Fewest captured documents that give folds and intervals."""
-        return max(self.folds * DOCUMENTS_PER_FOLD, MIN_DOCUMENTS)
+        """Fewest captured documents that fill the folds and leave enough tested ones for every interval."""
+        tested = -(-MIN_DOCUMENTS // min(self.rotations, self.ranking_rotations))
+        return self.folds * max(DOCUMENTS_PER_FOLD, tested)
 
     def documents_needed(self, *, head: bool) -> int:
         """Fewest prompts: predictors, and with a head as many outcome documents as an interval wants."""
@@ -107,8 +108,8 @@ def _sampled(depth: int) -> Shape:
 
 QUICK = Plan(
     budget="quick",
-    documents=120,
-    max_tokens=128,
+    documents=150,
+    max_tokens=96,
     depths=(2, 3, 4),
     folds=5,
     rotations=3,
@@ -196,7 +197,7 @@ def check_documents(plan: Plan, found: int, *, head: bool) -> None:
             field="prompts",
             value=found,
             allowed=f">= {need}",
-            remedy="Give more prompt files; each prompt becomes one document.",
+            remedy="Give more prompt files; each distinct prompt becomes one document.",
         )
 
 

@@ -1,0 +1,124 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import engines
+import pytest
+import tiny
+from tiny_report import TINY_PLAN
+
+from specdec.cli import main
+from specdec.surplus import controls, plan
+from specdec.surplus.controls import Check
+
+
+def prompts(path: Path, count: int) -> str:
+    rows = [{"id": f"q{i}", "prompt": f"tell me {i} {path.stem}"} for i in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def specdec(*words: str | Path) -> int:
+    return main.main(["report", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--budget quick` is the tests' own plan."""
+    monkeypatch.setitem(plan.BUDGETS, "quick", TINY_PLAN)
+
+
+def test_a_plan_report_from_the_command_line(
+    small: None, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [prompts(tmp_path / f"{name}.jsonl", 25) for name in ("songs", "maths")]
+    out = tmp_path / "out"
+    words = (
+        "--target",
+        target,
+        "--prompts",
+        *files,
+        "--out",
+        out,
+        "--taps",
+        "1,4,6",
+        "--taps",
+        "8",
+        "--json",
+    )
+    assert specdec(*words) == 0
+    told = capsys.readouterr()
+    values = json.loads(told.out)
+    assert values["kind"] == "plan"
+    assert values["domain_names"] == ["songs", "maths"]
+    assert str(tmp_path) not in values["told"]["command"].replace(str(target), "")
+    assert "tap sets" in told.err
+    assert "claims" in told.err
+    assert (out / "report.html").is_file()
+    assert not (tmp_path / "out.work").exists()
+    assert specdec(*words) == 2  # the report exists
+    assert "exists already" in capsys.readouterr().err
+    assert specdec("--compare", out, out / "report.json") == 0
+    assert "within noise" in capsys.readouterr().err
+
+
+def test_refusals_come_before_the_work(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = prompts(tmp_path / "few.jsonl", 3)
+    assert specdec("--target", target, "--prompts", few, "--out", tmp_path / "a") == 2
+    assert "40 prompts are needed" in capsys.readouterr().err
+    assert specdec("--out", tmp_path / "a") == 2
+    assert "needs --prompts and --out" in capsys.readouterr().err
+    enough = prompts(tmp_path / "enough.jsonl", 70)
+    words = ("--target", target, "--prompts", enough, "--out", tmp_path / "a")
+    assert specdec(*words, "--taps", "1,99") == 2
+    assert "no such layer" in capsys.readouterr().err
+    assert specdec(*words, "--temperature", "0") == 2
+    assert "greedy" in capsys.readouterr().err
+    assert specdec(*words, "--head", "auto") == 2
+    assert "no head ships" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_head_of_another_target_is_refused(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = engines.load(tmp_path, "qwen3", "lean")
+    stranger = engines.random_head(other, range(3, 100))
+    monkeypatch.setattr("specdec.head.checkpoint.load_head", lambda *_, **__: stranger)
+    enough = prompts(tmp_path / "enough.jsonl", 70)
+    words = ("--target", target, "--prompts", enough, "--head", tmp_path / "head", "--out", tmp_path / "a")
+    assert specdec(*words) == 2
+    assert "trained on another target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("passed", "code"), [((True, True), 0), ((True, False), 1)])
+def test_the_self_check_exits_1_when_a_control_fails(
+    passed: Sequence[bool], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [Check(f"control {i}", 0.0, 0.5, 0.1, each) for i, each in enumerate(passed)]
+    monkeypatch.setattr(controls, "self_check", lambda: checks)
+    assert specdec("--self-check") == code
+    told = capsys.readouterr().err
+    assert "0.5000" in told
+    assert ("FAILED" in told) == bool(code)
+
+
+def test_compare_refuses_what_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert specdec("--compare", tmp_path / "a.json", tmp_path / "b.json") == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_options_are_these() -> None:
+    words = {word for action in main.parser("report")._subparsers._group_actions[0].choices["report"]._actions  # type: ignore[union-attr,index]  # argparse hides its tables
+             for word in action.option_strings}  # fmt: skip
+    assert words == {
+        "-h", "--help", "--target", "--head", "--prompts", "--out", "--budget", "--temperature", "--seed", "--taps",
+        "--dtype", "--device", "--force", "--work", "--json", "--compare", "--self-check",
+    }  # fmt: skip
