@@ -17,7 +17,7 @@ from specdec.errors import RequestError
 from specdec.surplus.cells import ENTROPY_EDGES, POSITION_EDGES, bin_names, make_cell, slice_cells
 from specdec.surplus.control import cross_entropies
 from specdec.surplus.curve import fit_power_law, learning_curve
-from specdec.surplus.dose import DoseCurve, noise_response
+from specdec.surplus.dose import DoseCurve, noise_response, window_response
 from specdec.surplus.estimate import (
     Estimate,
     EstimateSettings,
@@ -153,6 +153,11 @@ def noise_curve(material: Material, taps: TapSet, plan: Plan) -> Value:
     """E3, noise: the surplus at k = 2 must fall with noise on the features."""
     found = noise_response(material.captured.features(taps), plan.sigmas, surplus_of(material, plan))
     return dose_row(found)
+
+
+def window_curve(material: Material, recompute: Callable[[int], Tensor], plan: Plan) -> Value:
+    """E3, window: the surplus at k = 2 must rise with the tokens that the state was computed from."""
+    return dose_row(window_response(recompute, plan.windows, surplus_of(material, plan)))
 
 
 def surplus_of(material: Material, plan: Plan) -> Callable[[Tensor], Interval]:

@@ -119,9 +119,9 @@ QUICK = Plan(
     probe=ProbeSettings(width=384, rank=64, token_width=32, epochs=10, patience=2),
     small=ProbeSettings(width=96, rank=32, token_width=16, epochs=10, patience=2),
     table=TableSettings(width=128, rank=32, epochs=2),
-    draft_depth=7,
-    head_rows=3000,
-    shapes={"chain": _chain(7), "tree": Shape(7, 10, 60)},
+    draft_depth=5,
+    head_rows=2000,
+    shapes={"chain": _chain(5), "tree": Shape(5, 4, 16)},
     shape_documents=4,
     draws=500,
     shuffled=False,
@@ -130,7 +130,7 @@ QUICK = Plan(
     sigmas=(0.0, 0.5, 2.0),
     windows=(),
     cuts=(
-        "probe depths k = 2 to 4 only",
+        "probe depths k = 2 to 4, chains of 5 drafts, trees of 16 nodes",
         "3 of 5 folds tested, one probe seed",
         "labels keep 2,048 tokens, the rest is one symbol",
         "tap sets are ranked on one fold at k = 2 and 3",
@@ -140,43 +140,44 @@ QUICK = Plan(
 STANDARD = replace(
     QUICK,
     budget="standard",
-    documents=300,
-    max_tokens=192,
+    documents=200,
+    max_tokens=128,
     depths=(2, 3, 4, 5, 6),
-    rotations=5,
-    symbols=4096,
-    seeds=1,
-    probe=ProbeSettings(width=768, rank=96, token_width=48, epochs=14, patience=2),
+    probe=ProbeSettings(width=512, rank=64, token_width=48, epochs=14, patience=2),
     small=ProbeSettings(width=128, rank=48, token_width=32, epochs=14, patience=2),
-    shapes={"chain": _chain(7), "tree": Shape(7, 10, 60), "sampled chain": _sampled(7)},
-    head_rows=8000,
+    shapes={"chain": _chain(7), "tree": Shape(6, 5, 24), "sampled chain": _sampled(7)},
+    draft_depth=7,
+    head_rows=6000,
     shape_documents=8,
     draws=1000,
     shuffled=True,
     curve=True,
-    sigmas=(0.0, 0.25, 0.5, 1.0, 2.0),
-    windows=(1, 2, 4, 8),
+    sigmas=(0.0, 0.25, 1.0, 4.0),
+    windows=(1, 4),
     cuts=(
-        "one probe seed",
-        "labels keep 4,096 tokens, the rest is one symbol",
+        "3 of 5 folds tested, one probe seed, trees of 24 nodes",
+        "labels keep 2,048 tokens, the rest is one symbol",
         "tap sets are ranked on one fold at k = 2 and 3",
     ),
 )
 FULL = replace(
     STANDARD,
     budget="full",
-    documents=2000,
-    max_tokens=512,
+    documents=1000,
+    max_tokens=256,
+    rotations=5,
     ranking_rotations=2,
     seeds=3,
-    symbols=0,
-    probe=ProbeSettings(),
+    symbols=8192,
+    probe=ProbeSettings(width=1024, rank=128),
     small=ProbeSettings(width=256, rank=64),
     table=TableSettings(),
+    shapes={"chain": _chain(7), "tree": Shape(7, 10, 60), "sampled chain": _sampled(7)},
     head_rows=50000,
     shape_documents=32,
+    sigmas=(0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
     windows=(1, 2, 4, 8, 16),
-    cuts=(),
+    cuts=("labels keep 8,192 tokens, the rest is one symbol",),
 )
 BUDGETS = {plan.budget: plan for plan in (QUICK, STANDARD, FULL)}
 
@@ -260,29 +261,43 @@ def estimated_minutes(plan: Plan, sizes: Sizes, rate: float) -> dict[str, float]
     """Minutes by stage, to within a factor of two: enough to choose a budget.
 
     Args:
-        rate: from `arithmetic_rate`; small matrices and softmaxes reach about a third of it.
+        rate: from `arithmetic_rate`; with softmaxes and few rows at a time about half of it is reached.
     """
     d, rows = sizes.hidden, sizes.documents * plan.max_tokens
-    symbols = plan.symbols or sizes.vocab
     forward = 2.0 * (12 * sizes.layers * d * d + sizes.vocab * d)
-    decoding = forward * 5  # few rows at a time: bound by memory, not arithmetic
-    capture = rows * (decoding + forward)
-    engine = sizes.outcomes * plan.max_tokens * forward * 5 * len(plan.shapes)
-    probes = 0.0
-    for place, taps in enumerate(sizes.tap_widths):
-        fits = _fits(plan, main=place == 0)
-        width, rank = plan.probe.width, plan.probe.rank
-        per_row = 6.0 * (taps * d * width + width * rank + rank * symbols + 8 * symbols)
-        per_row += 6.0 * symbols * d * rank / plan.probe.batch
-        probes += fits * plan.probe.epochs * 0.8 * rows * per_row
-    labels = 2.0 * rows * 2 * d * sizes.vocab
-    scale = 3 / rate / 60
-    return {"capture": capture * scale, "probes": (probes + labels) * scale, "engine": engine * scale}
+    # Decoding one token costs about three rows of a long prefill: it waits for memory.
+    capture = rows * forward * (4 + sum(plan.windows))
+    rounds = sizes.outcomes * plan.max_tokens / 2  # at two tokens per round
+    engine = (
+        rounds * forward * sum(2 + shape.nodes for shape in plan.shapes.values()) if sizes.outcomes else 0.0
+    )
+    fits = [
+        _fits(plan, main=place == 0) * _fit_cost(plan, sizes, taps)
+        for place, taps in enumerate(sizes.tap_widths)
+    ]
+    labels = 2.0 * rows * d * sizes.vocab
+    scored = min(rows, plan.head_rows) * plan.draft_depth * 6.0 * d * sizes.vocab if sizes.outcomes else 0.0
+    scale = 2 / rate / 60
+    return {
+        "capture": capture * scale,
+        "probes": (sum(fits) + labels) * scale,
+        "engine": (engine + scored) * scale,
+    }
 
 
-def _fits(plan: Plan, *, main: bool) -> int:
-    """Probe trainings of one tap set, by depth and fold."""
+def _fit_cost(plan: Plan, sizes: Sizes, taps: int) -> float:
+    """Operations of one probe training at one depth: three of five folds, stopped after about 0.7 of the epochs."""
+    symbols, d = plan.symbols or sizes.vocab, sizes.hidden
+    width, rank = plan.probe.width, plan.probe.rank
+    per_row = 6.0 * (taps * d * width + width * rank + rank * symbols + 8 * symbols)
+    per_row += 6.0 * symbols * d * rank / plan.probe.batch
+    return per_row * sizes.documents * plan.max_tokens * 0.7 * plan.probe.epochs * 0.8
+
+
+def _fits(plan: Plan, *, main: bool) -> float:
+    """Probe trainings of one tap set, by depth and fold; the main one has the controls and the small probe too."""
+    ranked = plan.ranking_rotations * len(plan.depths[:2])
     if not main:
-        return plan.ranking_rotations * len(plan.depths[:2])
-    once = plan.rotations * len(plan.depths) * (plan.seeds + plan.shuffled)
-    return once + len(plan.sigmas) + len(plan.windows) + plan.nce + 2 * plan.curve
+        return ranked
+    once = plan.rotations * len(plan.depths) * (plan.seeds + plan.shuffled + 0.3)
+    return ranked + once + len(plan.sigmas) + len(plan.windows) + 2 * plan.nce + 4 * plan.curve

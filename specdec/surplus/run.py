@@ -50,6 +50,7 @@ from specdec.surplus.rows import columns_of, group_numbers, load_tensors, save_t
 from specdec.surplus.shards import Manifest, write_text
 from specdec.surplus.values import VERSION, Value, clean, number
 from specdec.surplus.verdicts import Evidence, judge, without_head
+from specdec.surplus.windows import windowed
 from specdec.target.protocol import Target
 
 Say = Callable[[str, int, int], None]
@@ -267,7 +268,12 @@ class _Run:
             "noise": self._stage("noise", lambda: measure.noise_curve(m, main, plan))
             if plan.sigmas
             else None,
+            "window": self._stage("window", lambda: self._windows(main)) if plan.windows else None,
         }
+
+    def _windows(self, main: TapSet) -> Value:
+        texts = list(documents(self.text, self.manifest))
+        return measure.window_curve(self.material, windowed(self.target, texts, main), self.plan)
 
     def _stage(self, name: str, make: Callable[[], Value]) -> Value:
         """A stage whose result is JSON, kept under a key of plan, symbols and text."""

@@ -18,6 +18,7 @@ from specdec.surplus.capture import (
 )
 from specdec.surplus.contract import TargetHead
 from specdec.surplus.shards import shard_path
+from specdec.surplus.windows import windowed
 from specdec.target.protocol import Target
 
 SETTINGS = CaptureSettings(layers=(1, 4, 6), max_tokens=12, per_shard=4)
@@ -124,3 +125,16 @@ def test_nan_in_hidden_states_is_refused(target: Target, work: Path) -> None:
     final[3] = float("nan")
     with pytest.raises(MismatchError, match="NaN or infinity"):
         replace(captured, final=final)
+
+
+def test_a_window_as_long_as_the_text_gives_the_captured_states(target: Target, work: Path) -> None:
+    manifest = capture(target, make_passages(2), SETTINGS, work)
+    captured = load_captured(work, manifest, target_head(target, 1.0))
+    recompute = windowed(target, list(documents(work, manifest)), (4, 6))
+    whole = recompute(64)
+    torch.testing.assert_close(whole.float(), captured.features((4, 6)).float(), atol=0.06, rtol=0.02)
+    short = recompute(1)
+    assert not torch.allclose(short.float(), whole.float(), atol=0.06)
+    same = captured.ids == captured.ids[5]
+    assert same.sum() >= 1
+    torch.testing.assert_close(short[same], short[5].expand(int(same.sum()), -1))  # one token is all it saw
