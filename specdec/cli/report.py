@@ -56,6 +56,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=None, help="keep captured text here (default: OUT.work)")
     parser.add_argument("--json", action="store_true", help="print report.json on standard output too")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two reports")
+    parser.add_argument(
+        "--rank",
+        nargs="+",
+        type=Path,
+        metavar="REPORT",
+        help="a plan report, then reports of heads trained on its tap sets: does the plan order them (F3)?",
+    )
     parser.add_argument("--self-check", action="store_true", help="run the closed-form controls")
 
 
@@ -290,6 +297,25 @@ def compare(console: Console, left: Path, right: Path) -> int:
             *(cell.replace("[", r"\[") for cell in row), word, style="bold" if word == "apart" else ""
         )
     console.print(table)
+    return 0
+
+
+def rank(console: Console, paths: Sequence[Path]) -> int:
+    """F3 from a plan report and the reports of trained heads, for every tree shape they share."""
+    from specdec.surplus.page import show
+    from specdec.surplus.ranked import f3, gaps_of, lengths_of
+    from specdec.surplus.write import read_report
+
+    plan, *heads = (read_report(path) for path in paths)
+    shapes = set.intersection(*(set(head["engine"]) for head in heads)) if heads else set()
+    if not shapes:
+        raise RequestError(
+            "needs reports of heads after the plan", field="rank", value=len(heads), allowed=">= 6"
+        )
+    for shape in sorted(shapes):
+        claim = f3(gaps_of(plan), lengths_of(heads, shape))
+        line = f"F3, {shape}: Kendall {show(claim['number'])} ({claim['threshold']}): {claim['verdict']}"
+        console.print(line, highlight=False, markup=False)
     return 0
 
 

@@ -78,24 +78,41 @@ def draft_lumping(ids: Tensor, weight: Tensor, keep: int) -> Lumping:
     return Lumping(ids[best].sort().values, weight.shape[0])
 
 
+@dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """What of a head is read.
+
+    Attributes:
+        columns: of the captured taps, those the head consumes.
+        depths: K, draft depths to unroll.
+        lumping: labels shared with the probes; None keeps the vocabulary.
+        stride: score every so many-th context.
+    """
+
+    columns: tuple[int, ...]
+    depths: int
+    lumping: Lumping | None = None
+    stride: int = 1
+
+
 class HeadReader:
     """Runs a head along documents.
 
     Args:
-        head: frozen weights; `embed` the target's input embedding.
+        head: frozen weights.
+        embed: the target's input embedding.
         output: the target's output map, for p.
-        columns: of the captured taps that the head consumes.
-        depths: K, draft depths to unroll.
-        lumping: labels shared with the probes.
-        stride: score every so many-th context.
+        settings: see `ReadSettings`.
     """
 
     def __init__(
-        self, head: DraftHead, embed: Callable[[Tensor], Tensor], output: TargetHead,
-        columns: tuple[int, ...], depths: int, lumping: Lumping | None, stride: int = 1,
-    ) -> None:  # fmt: skip
-        self.head, self.embed, self.output = head, embed, output
-        self.columns, self.depths, self.lumping, self.stride = columns, depths, lumping, stride
+        self,
+        head: DraftHead,
+        embed: Callable[[Tensor], Tensor],
+        output: TargetHead,
+        settings: ReadSettings,
+    ) -> None:
+        self.head, self.embed, self.output, self.settings = head, embed, output, settings
         self.ids = head.ids.cpu()
 
     @torch.inference_mode()
@@ -107,8 +124,8 @@ class HeadReader:
         """
         outputs = self._unroll(document)
         made = []
-        for j in range(1, self.depths + 1):
-            at = torch.arange(document.start, document.ids.shape[0] - j, self.stride)
+        for j in range(1, self.settings.depths + 1):
+            at = torch.arange(document.start, document.ids.shape[0] - j, self.settings.stride)
             if not at.numel():
                 break
             made.append(self._depth(document, outputs, j, at, first_row))
@@ -117,11 +134,11 @@ class HeadReader:
     def _unroll(self, document: Document) -> list[Tensor]:
         """y of every depth: [R - j, H] of depth j, rows in order."""
         device = self.head.device
-        taps = document.taps[:-1, list(self.columns)].flatten(1).to(device, self.head.dtype)
+        taps = document.taps[:-1, list(self.settings.columns)].flatten(1).to(device, self.head.dtype)
         reading = _Reading(self.head.config.window)
         outputs: list[Tensor] = []
         g = self.head.fuse(taps[None])
-        for j in range(1, self.depths + 1):
+        for j in range(1, self.settings.depths + 1):
             tokens = document.ids[None, j:].to(device)
             if not tokens.shape[1]:
                 break
@@ -169,7 +186,7 @@ class HeadReader:
         return full
 
     def _lump(self, full: Tensor) -> Tensor:
-        return full if self.lumping is None else self.lumping.log_probs(full)
+        return full if self.settings.lumping is None else self.settings.lumping.log_probs(full)
 
 
 def _came(document: Document, row: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

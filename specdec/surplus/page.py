@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from specdec.surplus.figures import Drawn, overall_cells
+from specdec.surplus.drawing import Drawn
+from specdec.surplus.figures import overall_cells
 from specdec.surplus.values import Value
 
 TEMPLATE = Path(__file__).with_name("page.html")

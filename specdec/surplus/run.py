@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.errors import RequestError
 from specdec.head.config import default_taps
 from specdec.head.match import check_match
 from specdec.head.model import DraftHead
 from specdec.surplus import landscape, measure
+from specdec.surplus.account import engine_row, predicted_tau, selection, waterfall
 from specdec.surplus.capture import (
     CaptureSettings,
     Passage,
@@ -30,11 +30,10 @@ from specdec.surplus.capture import (
     load_floor,
     target_head,
 )
-from specdec.surplus.draft import DraftRows, HeadReader, gather
+from specdec.surplus.draft import DraftRows, HeadReader, ReadSettings, gather
 from specdec.surplus.estimate import Estimate
 from specdec.surplus.folds import split_roles
-from specdec.surplus.forecasts import Aligned, align, tree_tau_of
-from specdec.surplus.interval import resamples
+from specdec.surplus.forecasts import align
 from specdec.surplus.material import Material, prepare
 from specdec.surplus.outcome import Measured, decode
 from specdec.surplus.plan import (
@@ -48,7 +47,7 @@ from specdec.surplus.plan import (
 from specdec.surplus.recorder import TreeShape
 from specdec.surplus.rows import columns_of, group_numbers, load_tensors, save_tensors
 from specdec.surplus.shards import Manifest, write_text
-from specdec.surplus.values import VERSION, Value, clean, number
+from specdec.surplus.values import VERSION, Value, clean
 from specdec.surplus.verdicts import Evidence, judge, without_head
 from specdec.surplus.windows import windowed
 from specdec.target.protocol import Target
@@ -302,22 +301,21 @@ class _Run:
         aligned = align(rows, c.domain)
         measured = {name: self._decode(head, name) for name in self.plan.shapes}
         shapes = self._tree_shapes(head)
-        tau = _predicted_tau(aligned, self.plan, shapes)
+        tau = predicted_tau(aligned, self.plan, shapes)
         evidence = Evidence(estimates, rows, aligned, c.domain, c.domains, measured, tau, shapes, self.plan)
         small = self._estimates(main, small=True)
         found: Value = dict(judge(evidence))
         found["waterfall"] = waterfall(estimates, small, rows, self.plan)
         found["engine"] = {name: engine_row(run, tau[name], c.domains) for name, run in measured.items()}
-        found["selection"] = _selection(aligned, self.plan)
+        found["selection"] = selection(aligned, self.plan)
         return found, rows
 
     def _score_head(self, head: DraftHead) -> dict[int, DraftRows]:
         c = self.material.captured
         columns = tuple(c.layers.index(layer) for layer in head.config.taps)
         stride = max(1, c.ids.shape[0] // self.plan.head_rows)
-        reader = HeadReader(
-            head, self.target.embed, c.head, columns, self.plan.draft_depth, self.material.lumping, stride
-        )
+        settings = ReadSettings(columns, self.plan.draft_depth, self.material.lumping, stride)
+        reader = HeadReader(head, self.target.embed, c.head, settings)
         first, parts, total = 0, [], len(self.roles.predictors)
         for document in documents(self.text, self.manifest):
             parts.append(reader.read(document, first))
@@ -358,71 +356,3 @@ class _Run:
 
 def _weights_key(head: DraftHead) -> str:
     return f"{sum(float(p.float().sum()) for p in head.parameters() if p.numel()):.9g} {int(head.ids.sum())}"
-
-
-def _predicted_tau(aligned: Aligned, plan: Plan, shapes: Sequence[TreeShape]) -> dict[str, float]:
-    return {
-        name: tree_tau_of(aligned, shapes) if name == "tree" else aligned.law(name).tau
-        for name in plan.shapes
-    }
-
-
-def _selection(aligned: Aligned, plan: Plan) -> list[Value]:
-    """Survivors against the text at large, per draft depth of the chain."""
-    law = aligned.law("chain")
-    return [
-        {"depth": j + 1, "forced": clean(float(law.forced[j])), "survivors": clean(float(law.alpha[j]))}
-        for j in range(len(aligned.depths))
-    ]
-
-
-def engine_row(run: Measured, predicted: float, domains: Sequence[str]) -> Value:
-    """The engine's counters of one tree shape, and what was predicted."""
-    depths = [j for j in range(1, run.reached.shape[1] + 1) if float(run.reached[:, j - 1].sum()) > 0]
-    rows: list[Value] = []
-    for i, name in enumerate(domains):
-        keep = run.domain == i
-        if int(keep.sum()):
-            try:
-                tau: Value | None = number(run.tau(keep))
-            except RequestError:  # too few documents of this domain for an interval
-                tau = None
-            rows.append({"domain": name, "documents": int(keep.sum()), "tau": tau})
-    return {
-        "tau": number(run.tau()),
-        "tau_predicted": clean(predicted),
-        "tau_expected": clean(float(run.expected.mean())),
-        "alpha": {str(j): number(run.alpha(j)) for j in depths},
-        "by_domain": rows,
-    }
-
-
-def waterfall(
-    big: Mapping[int, Estimate], small: Mapping[int, Estimate], head: Mapping[int, DraftRows], plan: Plan
-) -> list[Value]:
-    """Per depth, on contexts that all three scored: where the head's gap comes from, signed, in nats.
-
-    own = big + (small - big) + (fresh - small) + (own - fresh): not recoverable, capacity, training shortfall,
-    feature drift. At k > 2 `fresh` reads the target's states past t, so that term may be negative.
-    """
-    rows = []
-    for k in sorted(set(big) & set(small) & set(head)):
-        size = 1 + int(max(scores.at.max() for scores in (big[k].scores, small[k].scores, head[k].scores)))
-        place = torch.full((3, size), -1, dtype=torch.int64)
-        for i, scores in enumerate((big[k].scores, small[k].scores, head[k].scores)):
-            place[i, scores.at] = torch.arange(scores.at.shape[0])
-        at = (place >= 0).all(0).nonzero()[:, 0]
-        if not at.numel():
-            continue
-        b, s = big[k].scores.gap[place[0, at]], small[k].scores.gap[place[1, at]]
-        fresh, own = head[k].fresh_gap[place[2, at]], head[k].scores.gap[place[2, at]]
-        drawn = resamples(big[k].scores.doc[place[0, at]], draws=plan.draws, minimum=2)
-        terms = {
-            "unrecoverable": b,
-            "capacity": s - b,
-            "training": fresh - s,
-            "drift": own - fresh,
-            "total": own,
-        }
-        rows.append({"depth": k} | {name: number(drawn.mean(value)) for name, value in terms.items()})
-    return rows

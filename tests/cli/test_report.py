@@ -120,5 +120,5 @@ def test_the_options_are_these() -> None:
              for word in action.option_strings}  # fmt: skip
     assert words == {
         "-h", "--help", "--target", "--head", "--prompts", "--out", "--budget", "--temperature", "--seed", "--taps",
-        "--dtype", "--device", "--force", "--work", "--json", "--compare", "--self-check",
+        "--dtype", "--device", "--force", "--work", "--json", "--compare", "--self-check", "--rank",
     }  # fmt: skip

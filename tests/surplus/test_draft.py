@@ -11,7 +11,7 @@ from specdec.drafting.protocol import Context, Shape
 from specdec.errors import RequestError
 from specdec.head.model import DraftHead
 from specdec.surplus.capture import CaptureSettings, Document, capture, documents, target_head
-from specdec.surplus.draft import HeadReader, draft_lumping, gather
+from specdec.surplus.draft import HeadReader, ReadSettings, draft_lumping, gather
 from specdec.surplus.estimate import TOPS
 from specdec.surplus.forecasts import align
 from specdec.target.protocol import Target
@@ -25,7 +25,7 @@ def captured(target: Target, work: Path, count: int = 3) -> list[Document]:
 
 
 def reader(target: Target, head: DraftHead, depths: int = 3, temperature: float = 1.0) -> HeadReader:
-    return HeadReader(head, target.embed, target_head(target, temperature), (0, 1, 2), depths, None)
+    return HeadReader(head, target.embed, target_head(target, temperature), ReadSettings((0, 1, 2), depths))
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ from tiny_report import TINY_PLAN, make_passages
 from specdec.errors import MismatchError, RequestError
 from specdec.head.model import DraftHead
 from specdec.surplus import measure
-from specdec.surplus.run import Order, Report, assign_roles, run, tap_sets_of, waterfall
+from specdec.surplus.account import waterfall
+from specdec.surplus.run import Order, Report, assign_roles, run, tap_sets_of
 from specdec.target.protocol import Target
 
 TAPS = ((1, 4, 6), (8,))

@@ -1,0 +1,148 @@
+"""Figures of a head: where its gap comes from, forecasts against the engine, domains, calibration.
+
+Drawn from report.json's values alone; each caption says what to conclude.
+"""
+
+from __future__ import annotations
+
+from specdec.surplus.drawing import GAP, HEAD, MEASURED, SERIES, SURPLUS, Drawn, canvas, saved, whisker
+from specdec.surplus.values import Value
+
+TERMS = {"unrecoverable": "#8a8f98", "capacity": GAP, "training": HEAD, "drift": "#d55e00"}
+MARKS = {"chain": "o", "tree": "s", "sampled chain": "^"}
+NAMES = {
+    "unrecoverable": "not recoverable from the taps",
+    "capacity": "capacity",
+    "training": "training shortfall",
+    "drift": "feature drift",
+}
+
+
+def waterfall(values: Value) -> Drawn | None:
+    """The head's gap, split into where it comes from, per depth."""
+    rows = values["waterfall"]
+    if not rows:
+        return None
+    figure, axes = canvas()
+    places = range(len(rows))
+    up, down = [0.0] * len(rows), [0.0] * len(rows)
+    for term, colour in TERMS.items():
+        heights = [row[term]["value"] for row in rows]
+        base = [u if h >= 0 else d for u, d, h in zip(up, down, heights, strict=True)]
+        axes.bar(places, heights, 0.6, bottom=base, color=colour, label=NAMES[term])
+        up = [u + max(0.0, h) for u, h in zip(up, heights, strict=True)]
+        down = [d + min(0.0, h) for d, h in zip(down, heights, strict=True)]
+    totals = [row["total"] for row in rows]
+    axes.errorbar(
+        places, [t["value"] for t in totals], whisker(totals), fmt="_", color=MEASURED, label="head's gap"
+    )
+    axes.axhline(0, color=MEASURED, linewidth=0.8)
+    axes.set(xlabel="depth k", ylabel="gap (nats per token)", xticks=list(places))
+    axes.set_xticklabels([str(row["depth"]) for row in rows])
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    worst = max(TERMS, key=lambda term: rows[0][term]["value"])
+    caption = (
+        f"At k = {rows[0]['depth']} the largest part of the head's gap is {NAMES[worst]} "
+        f"({rows[0][worst]['value']:.3f} of {rows[0]['total']['value']:.3f} nats). {_ADVICE[worst]} "
+        "Terms are signed; at k > 2 the training term may be negative, because true features are fresher than h_t."
+    )
+    return saved(figure, "waterfall", "Where the head's gap comes from", caption)
+
+
+_ADVICE = {
+    "unrecoverable": "Other taps may help; a longer training will not.",
+    "capacity": "A larger head would pay.",
+    "training": "More text, epochs or a better loss would pay before anything else.",
+    "drift": "More unrolled steps in training would pay.",
+}
+
+
+def prediction(values: Value) -> Drawn | None:
+    """One point per cell: predicted against measured acceptance."""
+    cells = [cell for cell in values["prediction"] if cell["predicted"] is not None]
+    if not cells:
+        return None
+    figure, axes = canvas(5.2, 4.8)
+    names = list(dict.fromkeys(cell["domain"] for cell in cells))
+    for cell in cells:
+        colour = SERIES[names.index(cell["domain"]) % len(SERIES)]
+        found = cell["measured"]
+        axes.errorbar(
+            cell["predicted"], found["value"], [[w[0]] for w in whisker([found])], fmt=MARKS[cell["shape"]],
+            color=colour, markersize=5, elinewidth=0.8, alpha=0.85,
+        )  # fmt: skip
+    for i, name in enumerate(names):
+        axes.plot([], [], "o", color=SERIES[i % len(SERIES)], label=name)
+    for shape in dict.fromkeys(cell["shape"] for cell in cells):
+        axes.plot([], [], MARKS[shape], color="#888888", label=shape)
+    axes.plot([0, 1], [0, 1], color=MEASURED, linewidth=0.8, linestyle="--")
+    axes.set(
+        xlabel="predicted alpha (no fitted parameter)",
+        ylabel="measured alpha (engine)",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    error = sum(abs(c["predicted"] - c["measured"]["value"]) for c in cells) / len(cells)
+    caption = (
+        f"{len(cells)} cells from documents that no predictor saw; the mean distance from the identity is "
+        f"{error:.3f}. Points on the line: acceptance can be read off the head before it serves. Points below it in "
+        "one colour: that domain is harder for the engine than the captured text says."
+    )
+    return saved(figure, "prediction", "Predicted against measured acceptance", caption)
+
+
+def measured_domains(values: Value) -> Drawn | None:
+    figure, axes = canvas()
+    runs = values["engine"]
+    names = values["domain_names"]
+    height = 0.8 / len(runs)
+    for i, (shape, run) in enumerate(runs.items()):
+        rows = [row for row in run["by_domain"] if row["tau"] is not None]
+        places = [names.index(row["domain"]) + (i - (len(runs) - 1) / 2) * height for row in rows]
+        found = [row["tau"] for row in rows]
+        axes.barh(
+            places,
+            [v["value"] for v in found],
+            height * 0.9,
+            xerr=whisker(found),
+            color=SERIES[i],
+            label=shape,
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1, color=MEASURED, linewidth=0.8)
+    axes.set(xlabel="tau (tokens per target forward, bonus included)")
+    axes.legend(frameon=False)
+    best = max(runs, key=lambda shape: runs[shape]["tau"]["value"])
+    told = ", ".join(f"{shape} {run['tau']['value']:.2f}" for shape, run in runs.items())
+    caption = f"Measured tau: {told}. The {best} accepts most per forward; whether it is fastest is the bench's word."
+    return saved(figure, "domains", "Acceptance length by domain", caption)
+
+
+def calibration(values: Value) -> Drawn | None:
+    """The head's gap with and without the temperature that fixes it, and its excess entropy."""
+    rows = values["calibration"]
+    if not rows:
+        return None
+    figure, axes = canvas()
+    depths = [row["depth"] for row in rows]
+    gap = [row["gap"] for row in rows]
+    excess = [row["excess_entropy"] for row in rows]
+    axes.errorbar(depths, [v["value"] for v in gap], whisker(gap), fmt="o-", color=HEAD, label="gap")
+    axes.plot(
+        depths, [row["gap_tempered"] for row in rows], "o--", color=SURPLUS, label="gap after temperature"
+    )
+    axes.errorbar(
+        depths, [v["value"] for v in excess], whisker(excess), fmt="s:", color=GAP, label="H(q) - H(p)"
+    )
+    axes.set(xlabel="depth k", ylabel="nats per token", xticks=depths)
+    axes.legend(frameon=False)
+    first = rows[0]
+    side = "over" if first["temperature"] > 1 else "under"
+    caption = (
+        f"At k = {first['depth']} the head is {side}-confident (best temperature {first['temperature']:.2f}, "
+        f"calibration error {first['ece']:.3f}). Where H(q) - H(p) meets the gap, the head is calibrated and its "
+        "entropy tells its loss."
+    )
+    return saved(figure, "calibration", "Calibration of the head by depth", caption)
