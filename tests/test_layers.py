@@ -24,7 +24,7 @@ FLOORS = (
 )
 FLOOR = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 VALUES = 1  # the floor whose parts may know each other, as long as no circle arises
-TRAINING_MAY = FLOOR["engine"]  # the highest floor that training imports: the target answers through the engine
+TRAINING_MAY = FLOOR["engine"]  # the highest floor that training imports: the target answers through it
 OPTIONAL = {"flash_attn", "flash_attn_interface", "triton"}
 KERNELS = "specdec.attention.triton_kernels"  # triton source; itself imported only inside functions
 TRANSFORMERS = ("specdec.target", "training.data")

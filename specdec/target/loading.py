@@ -161,7 +161,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     if not any((directory / name).is_file() for name in VOCABULARIES):
         # transformers makes an empty tokenizer for some families rather than say so
-        raise CheckpointError("has no tokenizer files", field="tokenizer", value=str(directory), remedy=NEEDED)
+        raise CheckpointError(
+            "has no tokenizer files", field="tokenizer", value=str(directory), remedy=NEEDED
+        )
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json

@@ -27,7 +27,7 @@ from specdec.target.lean import LeanConfig, LeanDecoder
 from specdec.target.load import LeanTarget
 from specdec.target.protocol import TargetInfo
 
-VOCAB, WRITTEN, ANSWERS = 6, 3, 1000
+VOCAB, WRITTEN, ANSWERS, SLOTS = 6, 3, 1000, 64
 PROMPT = (1, 2, 3)
 
 
@@ -58,7 +58,7 @@ def _drafter(target: LeanTarget) -> EagleDrafter:
     _randomise(head, 7)
     head.ids = torch.tensor([0, 2, 3, 5])
     head.freeze()
-    return EagleDrafter(head, target.embed, ReferenceAttention(), 16, 64)
+    return EagleDrafter(head, target.embed, ReferenceAttention(), SLOTS, 64)
 
 
 @torch.inference_mode()

@@ -66,7 +66,9 @@ def test_a_failed_self_test_falls_back(checkpoint: Checkpoint, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])  # tied and not
-def test_fingerprint_and_matrices_are_of_the_model_not_of_its_loader(arch: str, checkpoint: Checkpoint) -> None:
+def test_fingerprint_and_matrices_are_of_the_model_not_of_its_loader(
+    arch: str, checkpoint: Checkpoint
+) -> None:
     lean, adapter = loaded(checkpoint(arch)), loaded(checkpoint(arch), prefer="adapter")
     half = loaded(checkpoint(arch), dtype=torch.bfloat16)
     assert lean.info.fingerprint == adapter.info.fingerprint == half.info.fingerprint
