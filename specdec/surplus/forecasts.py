@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.surplus.draft import RANKS, DraftRows, take
-from specdec.surplus.estimate import Estimate
+from specdec.surplus.estimate import TOPS, Estimate
 from specdec.surplus.outcome import CellKey
 from specdec.surplus.predict import DepthLaw, depth_law, erfc_link, ranked_tree_tau
 from specdec.surplus.recorder import TreeShape
@@ -197,34 +197,37 @@ def _alive(part: Aligned, shape: str, shapes: Sequence[TreeShape]) -> list[Tenso
 
 
 def probe_forecasts(
-    estimates: Mapping[int, Estimate], aligned: Aligned, domain_of_row: Tensor, keys: Sequence[CellKey]
+    estimates: Mapping[int, Estimate],
+    aligned: Aligned,
+    domain_of_row: Tensor,
+    keys: Sequence[CellKey],
+    shapes: Sequence[TreeShape],
 ) -> tuple[Tensor, float]:
-    """F2b: mean erfc(sqrt(s d) / 2) of the probe per cell, with the one scale s fitted on predictor documents.
+    """F2b: the probe's own acceptance per cell times one scale, fitted on predictor documents for all cells alike.
+
+    Acceptance of a chain is A_1, of a tree A_m at most its width, of sampled drafts the erfc link; the scale is what
+    the head makes of such promises on predictor documents.
 
     Returns:
-        (predictions [c], NaN where the probe has no such depth; s).
+        (predictions [c], NaN where the probe has no such depth; the scale).
     """
-    depths = [k for k in sorted(estimates) if k - 2 < len(aligned.depths)]
-    goal = torch.stack([aligned.depths[k - 2].scores.top[:, 0].double().mean() for k in depths])
-    scale = _fit_scale([estimates[k].scores.gap for k in depths], goal)
-    found = []
-    for key in keys:
-        k = key.depth + 1
-        if k not in estimates:
-            found.append(float("nan"))
-            continue
-        s = estimates[k].scores
-        keep = domain_of_row[s.at] == key.domain
-        found.append(float(erfc_link(scale * s.gap[keep]).mean()))
-    return torch.tensor(found, dtype=torch.float64), scale
+    width = max((max(s.ranks) for s in shapes), default=0) + 1
+    base = [_promise(estimates, key, width, domain_of_row) for key in keys]
+    goals = cell_forecasts(aligned, keys, shapes).ours
+    found = torch.tensor(base, dtype=torch.float64)
+    known = found.isfinite()
+    square = float(found[known].square().sum())
+    scale = float((found[known] * goals[known]).sum()) / square if square > 0 else float("nan")
+    return scale * found, scale
 
 
-def _fit_scale(gaps: Sequence[Tensor], goal: Tensor) -> float:
-    """One scale for all depths: least squares over a grid of ratios."""
-
-    def misfit(scale: float) -> float:
-        means = torch.stack([erfc_link(scale * gap).double().mean() for gap in gaps])
-        return float((means - goal).square().sum())
-
-    scales: list[float] = [2.0 ** (step / 4) for step in range(-16, 25)]
-    return min(scales, key=misfit)
+def _promise(estimates: Mapping[int, Estimate], key: CellKey, width: int, domain_of_row: Tensor) -> float:
+    if key.depth + 1 not in estimates:
+        return float("nan")
+    s = estimates[key.depth + 1].scores
+    keep = domain_of_row[s.at] == key.domain
+    if key.shape == "sampled chain":
+        return float(erfc_link(s.gap[keep]).mean())
+    children = width if key.shape == "tree" else 1
+    column = max(i for i, m in enumerate(TOPS) if m <= children)
+    return float(s.top[keep, column].mean())

@@ -114,7 +114,9 @@ def _cells(
     if not keys:
         return [], [undecided(n, "R2 >= 0.8", "no cell has enough draft tokens") for n in ("F2a", "F2b")]
     told = cell_forecasts(evidence.aligned, keys, evidence.shapes)
-    probe, scale = probe_forecasts(evidence.estimates, evidence.aligned, evidence.domain_of_row, keys)
+    probe, scale = probe_forecasts(
+        evidence.estimates, evidence.aligned, evidence.domain_of_row, keys, evidence.shapes
+    )
     measured = outcomes.measured()
     rows = []
     for i, key in enumerate(keys):
@@ -139,9 +141,8 @@ def _cells(
         rivals["entropy, affine"] = affine_left_out(told.entropy, measured, group)
         rivals["perplexity, affine"] = affine_left_out(told.crossed.exp(), measured, group)
     docs = evidence.aligned.doc
-    chains = torch.tensor([key.shape == "chain" for key in keys])
     claims = _f2("F2a", told.ours, outcomes, docs, rivals)
-    good = probe.isfinite() & chains
+    good = probe.isfinite()
     narrow = {name: guess[good] for name, guess in rivals.items()}
     claims += _f2("F2b", probe[good], _subset(outcomes, good), docs, narrow)
     claims[-1]["note"] = (claims[-1]["note"] + f" scale {scale:.2f}").strip()
