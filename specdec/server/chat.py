@@ -16,7 +16,7 @@ from specdec.server.answers import Progress, Reply
 from specdec.server.logprobs import chat_logprobs
 from specdec.server.schema import ChatRequest, Message
 from specdec.server.state import ServerState
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from specdec.server.answers import Progress, Reply
 from specdec.server.logprobs import completion_logprobs
 from specdec.server.schema import CompletionRequest
 from specdec.server.state import ServerState
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 
 DEFAULT_TOKENS = 16  # OpenAI's for this endpoint
 

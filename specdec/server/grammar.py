@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.server.schema import ResponseFormat
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 from specdec.tree import DraftTree
 
 WHITESPACE = r"[ \n]{0,16}"  # between tokens of JSON; unbounded, small models never stop indenting

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.engine.logprobs import TokenLogprob
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON does not have (vLLM's convention)
 

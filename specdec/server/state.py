@@ -20,7 +20,7 @@ from specdec.server.errors import ApiError
 from specdec.server.grammar import Grammars
 from specdec.server.limits import ServerLimits
 from specdec.server.metrics import Metrics
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 
 P = ParamSpec("P")
 T = TypeVar("T")

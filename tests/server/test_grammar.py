@@ -9,7 +9,7 @@ from specdec.errors import RequestError
 from specdec.generate import SpecDecoder
 from specdec.server.grammar import Grammars, TreeGrammar
 from specdec.server.schema import ResponseFormat
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 from specdec.tree import build, pad, root_only
 
 SCHEMA = {

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from specdec import __version__
-from specdec.server.tokens import Vocabulary
+from specdec.target.vocabulary import Vocabulary
 
 
 def vocabulary(words: list[str], decoder: decoders.Decoder) -> Vocabulary:
