@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     else:
         Console().print(table(rows))
-        sys.stderr.write(f"peak resident memory after loading: {rows[0]['load_peak_mb']} MB\n")
+        sys.stderr.write(f"peak resident memory of generate: {rows[0]['generate_peak_mb']} MB\n")
     return 0
 
 
