@@ -23,6 +23,7 @@ from specdec.tree import DraftTree
 MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
 COLDEST = 1e-5  # smaller temperatures act as this one: below it quotients of logits leave float32
 WORD = 2**64 - 1  # a 64-bit word, all bits set
+BLOCK = 256  # neighbouring tokens whose mass is summed before a draw
 NUCLEUS_HEAD = 1024  # most nuclei fit in so many tokens; the full sort is only made where one does not
 
 
@@ -282,13 +283,19 @@ def choose(processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: T
     Returns:
         int64 [B, N].
     """
-    best = processed.argmax(dim=-1)
+    best = likeliest(processed)
     if batch.greedy:
         return best
-    mass = torch.softmax(processed, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    level = uniforms.gather(1, tree.depths)[..., None] * mass[..., -1:]
-    drawn = torch.searchsorted(mass, level, right=True)[..., 0]
-    return torch.where(batch.temperature[:, None] > 0, drawn.clamp(max=processed.shape[-1] - 1), best)
+    drawn = draw(torch.softmax(processed, dim=-1), uniforms.gather(1, tree.depths))
+    return torch.where(batch.temperature[:, None] > 0, drawn, best)
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """The first largest entry of each row [..., V] -> int64 [...].
+
+    `max` and not `argmax`: on CPUs the latter walks bfloat16 rows one element at a time.
+    """
+    return scores.max(dim=-1).indices
 
 
 def spread(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -298,15 +305,35 @@ def spread(logits: Tensor, temperature: Tensor) -> Tensor:
     """
     heat = temperature.view(-1, *[1] * (logits.dim() - 1))
     warm = torch.softmax(logits / torch.where(heat > 0, heat, 1.0), dim=-1)
-    point = torch.zeros_like(warm).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    point = torch.zeros_like(warm).scatter_(-1, likeliest(logits)[..., None], 1.0)
     return torch.where(heat > 0, warm, point)
 
 
 def draw(mass: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw from rows of (unnormalised) mass [B, V] at uniform [B] -> int64 [B]."""
-    heights = mass.cumsum(dim=-1, dtype=torch.float64)
-    found = torch.searchsorted(heights, uniform[:, None] * heights[:, -1:], right=True)[:, 0]
-    return found.clamp(max=mass.shape[-1] - 1)
+    """Inverse-CDF draw from rows of (unnormalised) mass [..., V] at uniform [...] -> int64 [...].
+
+    Two levels: the cumulative sum runs over the masses of blocks, then inside the one block that the draw falls in. A
+    sum over the whole vocabulary in float64 would cost more than verifying a tree. A token without mass is never drawn.
+    """
+    v = mass.shape[-1]
+    whole = v - v % BLOCK
+    blocks = mass[..., :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1)
+    if whole < v:
+        blocks = torch.cat([blocks, mass[..., whole:].sum(dim=-1, keepdim=True)], dim=-1)
+    heights = blocks.cumsum(dim=-1, dtype=torch.float64)
+    level = uniform[..., None] * heights[..., -1:]
+    block = _reaches(heights, level)
+    below = torch.where(block > 0, heights.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = torch.where(columns < v, mass.gather(-1, columns.clamp(max=v - 1)), 0.0)
+    heights = below + inside.cumsum(dim=-1, dtype=torch.float64)
+    return (block * BLOCK + _reaches(heights, level))[..., 0]
+
+
+def _reaches(heights: Tensor, level: Tensor) -> Tensor:
+    """The first column of each rising row that lies above its level [..., 1], at most the last that adds anything."""
+    last = (heights < heights[..., -1:]).sum(dim=-1, keepdim=True)
+    return torch.minimum((heights <= level).sum(dim=-1, keepdim=True), last)
 
 
 def generator(seed: int, stream: int = 0) -> torch.Generator:

@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec import sampling as module
 from specdec import tree as trees
 from specdec.errors import RequestError
-from specdec.sampling import BatchSampling, Sampling, Seen, choose, process, uniforms
+from specdec.sampling import BatchSampling, Sampling, Seen, choose, draw, process, uniforms
 from specdec.tree import DraftTree
 
 CPU = torch.device("cpu")
@@ -270,6 +270,22 @@ class TestChoose:
         for number in (0.0, 1 - 2**-53):
             drawn = choose(logits, roots(1), warm, torch.tensor([[number]], dtype=torch.float64))
             assert drawn.tolist() == [[1]]
+
+    @pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000, 5 * 256])
+    def test_blocks_change_no_draw(self, vocab: int) -> None:
+        """Against one cumulative sum over the whole row; tokens without mass are never drawn, block edges included."""
+        source = torch.Generator().manual_seed(vocab)
+        mass = torch.rand(40, vocab, generator=source)
+        mass = mass * (torch.rand(40, vocab, generator=source) < 0.3)
+        mass[:, vocab // 2] += 0.1
+        level = torch.rand(40, generator=source, dtype=torch.float64)
+        level[:2] = torch.tensor([0.0, 1 - 2**-53])
+        heights = mass.double().cumsum(-1)
+        drawn = draw(mass, level)
+        assert bool((mass.gather(1, drawn[:, None]) > 0).all())
+        above = heights.gather(1, drawn[:, None])[:, 0] / heights[:, -1]
+        below = above - mass.double().gather(1, drawn[:, None])[:, 0] / heights[:, -1]
+        assert bool(((below - 1e-6 <= level) & (level <= above + 1e-6)).all())
 
     @pytest.mark.parametrize("honest", [True, False])
     def test_draws_follow_the_law(self, honest: bool) -> None:

@@ -21,6 +21,8 @@ from training.recipe import Recipe
 from training.responses import Answerer, AnswerPlan, write_responses
 from training.store import Response, ResponseStore, response_samples
 
+HANDFULS = 4  # batches handed to the answerer at once, so that its slots stay full while long answers end
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -58,13 +60,13 @@ def answered(
 
     Args:
         store: keeps the answers; what it holds is not asked again.
-        context: positions the target has.
+        context: longest prompt and answer the answerer takes; what is longer is skipped and counted.
 
     Raises:
         SpecdecError: from the answerer or the disk, or when nothing was answered.
     """
     wanted = recipe.responses
-    plan = AnswerPlan(wanted.max_tokens, context, wanted.batch, wanted.sampled_fraction, wanted.temperature,
+    plan = AnswerPlan(wanted.max_tokens, context, HANDFULS * wanted.batch, wanted.sampled_fraction, wanted.temperature,
                       recipe.trainer.seed, wanted.max_minutes)  # fmt: skip
     dev = [c for c in conversations if split_dev(c.id)][: recipe.evaluation.prompts]
     train = [c for c in conversations if not split_dev(c.id)]

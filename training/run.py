@@ -41,6 +41,7 @@ from training.store import ResponseStore
 from training.trainer import Progress, Task, Trainer
 from training.watch import Watch
 
+LONGEST = 4  # windows that a prompt and its answer may fill; longer ones are skipped and counted
 RUN = "run"  # the folder of what only the run needs: answers, features, checkpoints
 
 
@@ -97,8 +98,8 @@ def train(order: Order, console: Console | None = None) -> Path | None:
             texts = given(conversations, chat, recipe, skipped)
         else:
             with _store(order, loaded) as store:
-                answerer = _answerer(order, loaded, recipe)
-                context = loaded.target.info.max_length
+                context = min(loaded.target.info.max_length, LONGEST * recipe.data.max_length)
+                answerer = _answerer(order, loaded, recipe, context)
                 texts = answered(conversations, answerer, store, chat, recipe, context, skipped)
     console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
                   f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
@@ -196,13 +197,12 @@ def _store(order: Order, loaded: LoadedTarget) -> Iterator[ResponseStore]:
         yield store
 
 
-def _answerer(order: Order, loaded: LoadedTarget, recipe: Recipe) -> Answerer:
+def _answerer(order: Order, loaded: LoadedTarget, recipe: Recipe, context: int) -> Answerer:
     target = loaded.target
     if order.endpoint is not None:
         endpoint = Endpoint(order.endpoint, target.info.name)
         return EndpointAnswerer(endpoint, _encoder(loaded), target.info.stop_ids[0])
-    length = min(target.info.max_length, recipe.data.max_length + recipe.responses.max_tokens)
-    return EngineAnswerer(target, recipe.responses.batch, length)
+    return EngineAnswerer(target, recipe.responses.batch, context)
 
 
 def _encoder(loaded: LoadedTarget) -> Callable[[str], list[int]]:

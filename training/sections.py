@@ -57,7 +57,7 @@ class ResponsesSection:
     Attributes:
         max_tokens: of one answer.
         sampled_fraction: share of conversations answered at `temperature`; the others greedily.
-        batch: prompts handed over at once.
+        batch: prompts answered at once.
         max_minutes: stop asking after this long and train on what is there; None answers everything.
     """
 

@@ -6,7 +6,7 @@ On the CPU each request attends over exactly its own rows; many requests of simi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ class _Part:
     slots: slice | Tensor
     total: int
     mask: Tensor | None  # bool [b, 1, N, total]; None when every row sees all
+    biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def bias(self, groups: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask as what is added to scores, [b, 1, groups * N, total]: 0 or -inf; made once for all layers."""
+        if self.mask is None:
+            return None
+        if (groups, dtype) not in self.biases:
+            hidden = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            hidden.masked_fill_(~self.mask, -torch.inf)
+            self.biases[groups, dtype] = hidden.repeat(1, 1, groups, 1)
+        return self.biases[groups, dtype]
 
 
 class ReferenceAttention:
@@ -121,28 +132,19 @@ def _compact(ids: list[int]) -> slice | Tensor:
 def _attend_part(
     query: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float, softcap: float | None
 ) -> Tensor:
-    lanes = slice(None, part.total)
-    return _product(
-        query, keys[part.slots, :, lanes], values[part.slots, :, lanes], part.mask, scale, softcap
-    )
-
-
-def _product(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
     b, n, heads, d = query.shape
+    keys, values = keys[part.slots, :, : part.total], values[part.slots, :, : part.total]
     groups = heads // keys.shape[1]
     packed = (
         query.view(b, n, keys.shape[1], groups, d)
         .permute(0, 2, 3, 1, 4)
         .reshape(b, keys.shape[1], groups * n, d)
     )
-    if mask is not None and groups > 1:
-        mask = mask.repeat(1, 1, groups, 1)
+    bias = part.bias(groups, query.dtype)
     if softcap is None:
-        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scale)
     else:
         score = softcap * torch.tanh(packed.float() @ keys.float().transpose(-1, -2) * (scale / softcap))
-        score = score if mask is None else score.masked_fill(~mask, -torch.inf)
+        score = score if bias is None else score + bias
         out = (score.softmax(-1) @ values.float()).to(query.dtype)
     return out.view(b, keys.shape[1], groups, n, d).permute(0, 3, 1, 2, 4).reshape(b, n, heads, d)

@@ -50,7 +50,7 @@ def _llama3(inverse: Tensor, factor: float, scaling: Mapping[str, Any]) -> Tenso
 
 
 class Rope:
-    """Cosines and sines for every position up to `length`, made once.
+    """Cosines and sines for every position up to `length`, made once; sines of the first half are negated.
 
     Args:
         inverse: inverse frequencies [head_dim / 2].
@@ -60,17 +60,16 @@ class Rope:
 
     def __init__(self, inverse: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> None:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse[None].cpu()
-        both = torch.cat([angles, angles], dim=-1)
-        self.cos = both.cos().to(device, dtype)
-        self.sin = both.sin().to(device, dtype)
+        self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1).to(device, dtype)
+        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions [B, N], each [B, N, 1, head_dim], ready for `rotate`."""
+        """cos and signed sin for positions [B, N], each [B, N, 1, head_dim], ready for `rotate`."""
         return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads x [B, N, heads, head_dim] by half-split pairs (the layout of Hugging Face checkpoints)."""
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos + turned * sin
+    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)  # the sine of the first half carries the minus

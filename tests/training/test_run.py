@@ -74,6 +74,18 @@ def test_a_name_and_prompts_become_a_head_that_loads(target: Path, prompts: Path
         train(order(target, prompts, out, resume=False), quiet())
 
 
+def test_a_prompt_longer_than_the_context_is_counted_and_harms_no_other(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt": "word " * 300}) + "\n")
+    console = Console(record=True, width=200)
+    train(order(target, prompts, tmp_path / "head", "trainer.epochs=1", "data.max_length=32"), console)
+    text = console.export_text()
+    assert "longer than the context" in text
+    assert load_head(tmp_path / "head", target_layers=tiny.LAYERS).config.taps == (2, 4, 6)
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(target: Path, prompts: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=100)
     assert train(order(target, prompts, tmp_path / "head", dry_run=True), console) is None
