@@ -13,6 +13,7 @@ from bench.record import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+NAMES = {"ngram": "n-grams", "head": "shipped head", "auto": "head and n-grams"}
 SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 
 
@@ -24,33 +25,36 @@ def newest(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table: one line per prompt set, one column pair per system."""
+    """A markdown table: one line per prompt set; drafters over our own plain loop, the last over transformers."""
     first = rows[0]
-    systems = [s for s in dict.fromkeys(row["system"] for row in rows) if s != "transformers"]
     cells = {(row["set"], row["system"]): row for row in rows}
-    head = [
-        "prompts",
-        "transformers, tokens/s",
-        *(f"{_name(s)}, x transformers" for s in systems),
-        "tau of the head",
-    ]
+    drafters = [s for s in dict.fromkeys(row["system"] for row in rows) if s in NAMES]
+    head = ["prompts", "transformers, tokens/s", "our plain loop, x transformers",
+            *(f"{NAMES[s]}, x plain" for s in drafters), "same, x transformers", "tau"]  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
     for name in [s for s in SETS if (s, "plain") in cells]:
-        base = cells.get((name, "transformers"), {})
-        speeds = [f"{cells[name, s].get('over_transformers', float('nan')):.2f}" for s in systems]
-        tau = cells.get((name, "auto"), {}).get("tau", "")
-        lines.append(_line([name, f"{base.get('tokens_per_second', float('nan')):.1f}", *speeds, str(tau)]))
+        line = {s: cells[name, s] for s in drafters}
+        last = line[drafters[-1]]
+        lines.append(_line([
+            name,
+            _figure(cells.get((name, "transformers"), {}), "tokens_per_second", 1),
+            _figure(cells[name, "plain"], "over_transformers"),
+            *(_figure(row, "over_plain") for row in line.values()),
+            _figure(last, "over_transformers"),
+            _figure(last, "tau"),
+        ]))  # fmt: skip
     command = "specdec " + " ".join(first["argv"][1:])
     note = (
         f"{first['target']}, {first['dtype'].removeprefix('torch.')}, temperature {first['temperature']:g}, "
         f"{first['max_tokens']} new tokens, {first['prompts']} prompts a set, {first['machine']}, "
-        f"{first['threads']} threads, one process, systems in turn; ratios of tokens/s with prefill. `{command}`"
+        f"{first['threads']} threads, one process, systems in turn; ratios of tokens/s with prefill; intervals are in "
+        f"`bench/results/speed.jsonl`. `{command}`"
     )
     return "\n".join([*lines, "", note])
 
 
-def _name(system: str) -> str:
-    return {"auto": "shipped head", "plain": "plain loop", "ngram": "n-grams"}.get(system, system)
+def _figure(row: dict[str, Any], key: str, digits: int = 2) -> str:
+    return f"{row[key]:.{digits}f}" if row.get(key) is not None else "-"
 
 
 def _line(cells: list[str]) -> str:

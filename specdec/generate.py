@@ -87,8 +87,8 @@ class SpecDecoder:
 
         Args:
             target: see `specdec.target.loading.resolve`.
-            head: "auto" (the shipped head, else n-grams), "ngram", None or "none" for plain decoding, or a
-                directory of a head.
+            head: "auto" (the shipped head with lookups, else lookups alone), "ngram", None or "none" for plain
+                decoding, "head" (the shipped one) or a head's directory; both may end in "+ngram".
             options: see `Options`.
 
         Raises:

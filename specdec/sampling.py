@@ -317,7 +317,7 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
     """
     v = mass.shape[-1]
     whole = v - v % BLOCK
-    blocks = mass[..., :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1)
+    blocks = mass[..., :whole].reshape(*mass.shape[:-1], whole // BLOCK, BLOCK).sum(dim=-1)
     if whole < v:
         blocks = torch.cat([blocks, mass[..., whole:].sum(dim=-1, keepdim=True)], dim=-1)
     heights = blocks.cumsum(dim=-1, dtype=torch.float64)

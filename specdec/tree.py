@@ -34,6 +34,7 @@ class DraftTree:
         scores: float32 [B, N] or None, the drafter's log-probability of the path to each node.
         probs: float32 [B, N - 1, V] or None; for chains whose tokens were drawn at random, the distribution each was
             drawn from. None says that the tree is a deterministic function of its context.
+        levels: forwards of a draft head that growing the trees took.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class DraftTree:
     sizes: Tensor
     scores: Tensor | None = None
     probs: Tensor | None = None
+    levels: int = 0
 
     @property
     def nodes(self) -> int:
@@ -146,7 +148,7 @@ def trim(tree: DraftTree, sizes: Tensor) -> DraftTree:
     scores = None if tree.scores is None else tree.scores[:, :n]
     return DraftTree(
         tree.tokens[:, :n], tree.parents[:, :n], tree.depths[:, :n], tree.ancestors[:, :n],
-        torch.minimum(sizes, tree.sizes), scores,
+        torch.minimum(sizes, tree.sizes), scores, levels=tree.levels,
     )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def pad(tree: DraftTree, nodes: int) -> DraftTree:
         torch.cat([tree.tokens, zeros], dim=1), torch.cat([tree.parents, zeros], dim=1),
         torch.cat([tree.depths, zeros + 1], dim=1),
         torch.cat([tree.ancestors, (bits | 1).expand(b, extra)], dim=1),
-        tree.sizes, scores,
+        tree.sizes, scores, levels=tree.levels,
     )  # fmt: skip
 
 
@@ -180,6 +182,7 @@ def stack(trees: list[DraftTree]) -> DraftTree:
         torch.cat([t.tokens for t in padded]), torch.cat([t.parents for t in padded]),
         torch.cat([t.depths for t in padded]), torch.cat([t.ancestors for t in padded]),
         torch.cat([t.sizes for t in padded]), torch.cat(scores) if len(scores) == len(padded) else None,
+        levels=max(t.levels for t in padded),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from specdec.errors import SpecdecError
 
 EXAMPLES = """\
 examples:
-  specdec bench speed --prompts bench/prompts/*.jsonl --drafts ngram,auto --limit 10
+  specdec bench speed --prompts bench/prompts/*.jsonl --drafts ngram,head,auto --limit 10
   specdec bench speed --prompts questions.jsonl --drafts ./my-head --no-transformers --tree 7/10/60"""
 
 
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="prompt sets (jsonl)"
     )
-    speed.add_argument("--drafts", default="ngram,auto", help="drafters to compare, comma-separated")
+    speed.add_argument("--drafts", default="ngram,head,auto", help="drafters to compare, comma-separated")
     speed.add_argument(
         "--tree", default="auto", metavar="DEPTH/TOPK/NODES", help="fixed tree (default: budget)"
     )

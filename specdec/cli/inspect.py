@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _head_path(target: str, draft: str) -> Path | None:
+    from specdec.engine.build import LOOKUPS
     from specdec.head.pretrained import shipped_head
 
-    if draft in ("none", "ngram"):
+    name = draft.removesuffix(LOOKUPS)
+    if name in ("none", "ngram"):
         return None
-    return shipped_head(target) if draft == "auto" else Path(draft)
+    return shipped_head(target) if name in ("auto", "head") else Path(name)
 
 
 def _target(decoder: Any) -> dict[str, Any]:

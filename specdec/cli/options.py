@@ -37,8 +37,9 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         parser.add_argument(
             "--draft",
             default="auto",
-            metavar="none|ngram|PATH",
-            help="who drafts (default: the shipped head, else ngram)",
+            metavar="none|ngram|head|PATH",
+            help="who drafts: nobody, lookups in the text, the shipped head or a head's directory; with +ngram "
+            "behind it, a head and lookups together (default: head+ngram on a CPU, head on a GPU, ngram without one)",
         )
         parser.add_argument(
             "--tree",

@@ -104,7 +104,7 @@ class EagleDrafter:
         frontier_y = growth.level(self._log_probs(y[:, None]), y[:, None])
         while growth.worth_another():
             frontier_y = growth.level(*self._step(context, growth, frontier_y))
-        return growth.finish(context.roots)
+        return replace(growth.finish(context.roots), levels=growth.depth)
 
     def _sample_chain(self, context: Context, shape: Shape, y: Tensor) -> DraftTree:
         """A chain drawn token by token from the head's distribution at the request's temperature, with that
@@ -125,7 +125,8 @@ class EagleDrafter:
             full = q.new_zeros(len(y), self.head.config.vocab)
             full[rows[:, None], self.head.ids] = q
             probs.append(full)
-        return replace(trees.chain(torch.stack(tokens, dim=1)), probs=torch.stack(probs, dim=1))
+        chain = trees.chain(torch.stack(tokens, dim=1))
+        return replace(chain, probs=torch.stack(probs, dim=1), levels=shape.depth)
 
     def _log_probs(self, y: Tensor) -> Tensor:
         return self.head.logits(y).float().log_softmax(dim=-1)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from specdec.accept import Verdict
 from specdec.drafting.automaton import START, SuffixAutomaton
 from specdec.drafting.protocol import Context, Shape
+from specdec.drafting.sketch import Sketch, falling, to_tree
 from specdec.tree import MAX_NODES, DraftTree, root_only
 
 RANKS = 6  # children considered per node at most
@@ -101,31 +101,6 @@ class _Place:
     depth: int
 
 
-@dataclass(slots=True)
-class _Sketch:
-    """One tree under construction, as lists; node 0 is the root."""
-
-    tokens: list[int]
-    parents: list[int] = field(default_factory=lambda: [0])
-    depths: list[int] = field(default_factory=lambda: [0])
-    ancestors: list[int] = field(default_factory=lambda: [1])
-    scores: list[float] = field(default_factory=lambda: [0.0])
-
-    def add(self, token: int, parent: int, score: float) -> int:
-        node = len(self.tokens)
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1)
-        self.ancestors.append(self.ancestors[parent] | 1 << node)
-        self.scores.append(score)
-        return node
-
-    def first(self, nodes: int) -> _Sketch:
-        """The best `nodes` nodes: they were added best first, so a beginning is a tree."""
-        lists = (self.tokens, self.parents, self.depths, self.ancestors, self.scores)
-        return _Sketch(*(values[:nodes] for values in lists))  # type: ignore[arg-type]  # one type per list
-
-
 class NgramDrafter:
     """Trees out of the request's own text.
 
@@ -159,14 +134,18 @@ class NgramDrafter:
         """
         if shape.depth < 1 or shape.width < 1 or shape.nodes < 2:
             return root_only(context.roots)
-        pairs = zip(context.slots.tolist(), context.roots.tolist(), strict=True)
-        sketches = [self._grow(self._texts[slot], root, shape) for slot, root in pairs]
+        sketches = self.sketch(context, shape)
         if shape.prices:
-            nodes = shape.worth(_falling(sketches))
+            nodes = shape.worth(falling(sketches))
             sketches = [sketch.first(nodes) for sketch in sketches]
         if all(len(sketch.tokens) == 1 for sketch in sketches):
             return root_only(context.roots)
-        return _tensors(sketches, context.roots.device)
+        return to_tree(sketches, context.roots.device)
+
+    def sketch(self, context: Context, shape: Shape) -> list[Sketch]:
+        """The trees of `propose` before prices are looked at, best first."""
+        pairs = zip(context.slots.tolist(), context.roots.tolist(), strict=True)
+        return [self._grow(self._texts[slot], root, shape) for slot, root in pairs]
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
         """Learn from the emitted tokens which continuations held, and append them.
@@ -197,8 +176,8 @@ class NgramDrafter:
         self.calibration.note(bucket, rank)
         return None if rank is None else children[rank][1]
 
-    def _grow(self, text: SuffixAutomaton, root: int, shape: Shape) -> _Sketch:
-        sketch = _Sketch([root])
+    def _grow(self, text: SuffixAutomaton, root: int, shape: Shape) -> Sketch:
+        sketch = Sketch([root])
         floor = math.log(shape.node_floor) if shape.node_floor > 0 else -math.inf
         limit, width = min(shape.nodes, MAX_NODES), min(shape.width, RANKS)
         heap: list[tuple[float, int, int, int, _Place]] = []  # (-score, serial, parent, token, place)
@@ -248,7 +227,7 @@ def _unanimity(followers: dict[int, int]) -> int:
     return LEADING if 2 * most > sum(followers.values()) else MIXED
 
 
-def _cut(sketch: _Sketch, level_floor: float) -> _Sketch:
+def _cut(sketch: Sketch, level_floor: float) -> Sketch:
     """Drop the first level that promises less than the floor, and all below it."""
     levels = [0.0] * (max(sketch.depths) + 1)
     for depth, score in zip(sketch.depths, sketch.scores, strict=True):
@@ -256,49 +235,8 @@ def _cut(sketch: _Sketch, level_floor: float) -> _Sketch:
     end = next((depth for depth in range(1, len(levels)) if levels[depth] < level_floor), len(levels))
     if end == len(levels):
         return sketch
-    cut, place = _Sketch(sketch.tokens[:1]), {0: 0}
+    cut, place = Sketch(sketch.tokens[:1]), {0: 0}
     for node, depth in enumerate(sketch.depths):
         if 0 < depth < end:
             place[node] = cut.add(sketch.tokens[node], place[sketch.parents[node]], sketch.scores[node])
     return cut
-
-
-def _falling(sketches: Sequence[_Sketch]) -> torch.Tensor:
-    """Path probabilities of the nodes beyond the roots, best first, float32 [B, C] padded with zeros."""
-    most = max(len(sketch.scores) for sketch in sketches)
-    rows = [
-        [math.exp(s) for s in sketch.scores[1:]] + [0.0] * (most - len(sketch.scores)) for sketch in sketches
-    ]
-    return torch.tensor(rows)
-
-
-def _tensors(sketches: Sequence[_Sketch], device: torch.device) -> DraftTree:
-    """One batch out of many sketches, padded as `tree.pad` does.
-
-    Made from lists: building it with tensor operations would cost as much as the search.
-    """
-    n = max(len(sketch.tokens) for sketch in sketches)
-    extra = [n - len(sketch.tokens) for sketch in sketches]
-    inert = [_signed(1 << node | 1) for node in range(n)]
-
-    def column(values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    def padded(rows: list[list[int]], filler: int) -> Tensor:
-        return column([row + [filler] * short for row, short in zip(rows, extra, strict=True)])
-
-    scores = [sketch.scores + [-math.inf] * short for sketch, short in zip(sketches, extra, strict=True)]
-    words = [[_signed(word) for word in sketch.ancestors] for sketch in sketches]
-    return DraftTree(
-        tokens=padded([sketch.tokens for sketch in sketches], 0),
-        parents=padded([sketch.parents for sketch in sketches], 0),
-        depths=padded([sketch.depths for sketch in sketches], 1),
-        ancestors=column([row + inert[len(row) :] for row in words]),
-        sizes=torch.tensor([n - short for short in extra], dtype=torch.int64, device=device),
-        scores=torch.tensor(scores, dtype=torch.float32, device=device),
-    )
-
-
-def _signed(word: int) -> int:
-    """A 64-bit word as int64 reads it."""
-    return word - (word >> 63 << 64)

@@ -27,6 +27,7 @@ class Shape:
         level_floor: growth stops where the frontier's summed path probability is below.
         sampled: draw one chain at random from the draft distribution instead of growing a deterministic tree.
         prices: tokens that verifying 1, 2, ... nodes of each request costs beyond one; empty when nodes are free.
+        first_level, next_level: tokens that asking a head for the first level costs, and each further one.
     """
 
     depth: int
@@ -36,6 +37,8 @@ class Shape:
     level_floor: float = 0.0
     prices: tuple[float, ...] = ()
     sampled: bool = False
+    first_level: float = 0.0
+    next_level: float = 0.0
 
     def worth(self, probs: Tensor) -> int:
         """The number of nodes, root included, whose expected gain beyond their price is largest.
@@ -43,13 +46,33 @@ class Shape:
         Args:
             probs: float [B, C] path probabilities of each request's candidates, falling along a row.
         """
-        probs = probs[:, : self.nodes - 1]
+        gains = self._gains(probs)
         if not self.prices:
-            return 1 + probs.shape[1]
-        paid = torch.tensor(self.prices[1 : probs.shape[1] + 1], dtype=probs.dtype, device=probs.device)
-        gain = probs[:, : len(paid)].mean(dim=0).cumsum(dim=0) - paid
-        best = int(gain.argmax()) if len(gain) else 0
-        return 2 + best if len(gain) and gain[best] > 0 else 1
+            return 1 + len(gains)
+        best = int(gains.argmax()) if len(gains) else 0
+        return 2 + best if len(gains) and gains[best] > 0 else 1
+
+    def gain(self, probs: Tensor) -> float:
+        """What the nodes that `worth` counts are expected to bring, in tokens a request beyond their price."""
+        gains = self._gains(probs)
+        return float(gains.max()) if len(gains) else 0.0
+
+    def _gains(self, probs: Tensor) -> Tensor:
+        """Of the first 1, 2, ... candidates, beyond their price."""
+        probs = probs[:, : self.nodes - 1]
+        won = probs.mean(dim=0).cumsum(dim=0)
+        if not self.prices:
+            return won
+        paid = torch.tensor(self.prices[1 : len(won) + 1], dtype=won.dtype, device=won.device)
+        return won[: len(paid)] - paid
+
+    def node_price(self, nodes: int) -> float:
+        """Tokens that verifying so many nodes costs beyond one."""
+        return self.prices[nodes - 1] if self.prices else 0.0
+
+    def draft_price(self, levels: int) -> float:
+        """Tokens that a head's drafting costs."""
+        return self.first_level + (levels - 1) * self.next_level if levels else 0.0
 
 
 PLAIN = Shape(0, 0, 1)

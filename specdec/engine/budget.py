@@ -151,12 +151,15 @@ class Budget:
         one = self.costs.verify_ms(batch, 1)
         prices = [worth * (self.costs.verify_ms(batch, n) - one) for n in range(1, self.limit.nodes + 1)]
         few = min(FEW_NODES, self.limit.nodes)
-        level = self.costs.draft_ms(batch, 2) - self.costs.draft_ms(batch, 1)
+        first = self.costs.draft_ms(batch, 1)
+        level = self.costs.draft_ms(batch, 2) - first
         return replace(
             self.limit,
             node_floor=prices[few - 1] / max(few - 1, 1),
             level_floor=worth * level / CARRY,
             prices=tuple(prices),
+            first_level=worth * first,
+            next_level=worth * level,
         )
 
     def _rate(self, batch: int, trial: _Trial) -> float:
@@ -169,9 +172,9 @@ class Budget:
         """A round over `tree` gave `emitted` tokens in all."""
         if shape.depth == 0 or not self.adaptive or self.costs is None:
             return
-        batch, levels = len(tree.tokens), int(tree.depths.max())
+        batch = len(tree.tokens)
         trial = self.trials.setdefault(_bucket(batch), _Trial())
-        spent = self.costs.verify_ms(batch, tree.nodes) + self.costs.draft_ms(batch, max(levels, 1))
+        spent = self.costs.verify_ms(batch, tree.nodes) + self.costs.draft_ms(batch, tree.levels)
         trial.note(emitted, spent, _promised(tree), emitted - batch)
         if trial.rounds < TRIAL:
             return

@@ -15,6 +15,7 @@ import torch
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.drafting.eagle import EagleDrafter
+from specdec.drafting.mixed import MixedDrafter
 from specdec.drafting.ngram import NgramDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
@@ -31,8 +32,10 @@ from specdec.tree import MAX_NODES
 DEFAULT_TREE = Shape(depth=7, width=10, nodes=60)
 """EAGLE-2's tree: what heads are compared on, and the default on a GPU."""
 
-CPU_LIMIT = Shape(depth=6, width=6, nodes=32)
-"""The largest tree the measured budget may choose on a CPU, where nodes cost arithmetic."""
+CPU_LIMIT = Shape(depth=16, width=6, nodes=32)
+"""The largest tree the measured budget may choose on a CPU, where nodes cost arithmetic. So deep only lookups go."""
+
+LOOKUPS = "+ngram"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +81,42 @@ def make_engine(target: Target, head: str | Path | None, options: Options) -> En
 
 
 def make_drafter(target: Target, head: str | Path | None, options: Options, limits: Limits) -> Drafter:
-    """ "auto", "ngram", "none" or a head's directory, checked against the target."""
-    if head == "auto":
-        head = shipped_head(target.info.name) or "ngram"
-    if head is None or head == "none":
+    """Who drafts.
+
+    Args:
+        head: "none"; "ngram"; "head", the one shipped for the target; or a head's directory. With "+ngram" behind it,
+            a head's trees are merged with lookups. "auto" is the shipped head with lookups on a CPU, alone on a GPU
+            (lookups work on the host), and lookups alone where none ships.
+
+    Raises:
+        SpecdecError: no such head; MismatchError: a head of another target.
+    """
+    words = str(head or "none")
+    if words == "auto":
+        lookups = target.info.device.type == "cpu"
+        words = ("head+ngram" if lookups else "head") if shipped_head(target.info.name) else "ngram"
+    if words == "none":
         return NoDrafter()
-    if head == "ngram":
+    if words == "ngram":
         return NgramDrafter()
+    name = words.removesuffix(LOOKUPS)
+    drafter = _head_drafter(target, _shipped(target) if name == "head" else Path(name), options, limits)
+    return drafter if name == words else MixedDrafter(drafter)
+
+
+def _shipped(target: Target) -> Path:
+    path = shipped_head(target.info.name)
+    if path is None:
+        raise SpecdecError("none ships for this target", field="head", value=target.info.name,
+                           remedy="Train one with `specdec train`, or draft with ngram.")  # fmt: skip
+    return path
+
+
+def _head_drafter(target: Target, path: Path, options: Options, limits: Limits) -> EagleDrafter:
+    """A draft head, checked against the target."""
     info = target.info
     weights = load_head(
-        Path(head), taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device
+        path, taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device
     )
     check_match(
         weights.config,
@@ -105,7 +134,7 @@ def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) 
     if isinstance(drafter, NoDrafter):
         return Budget(None, PLAIN, adaptive=False)
     if options.tree is not None:
-        if options.tree.sampled and not isinstance(drafter, EagleDrafter):
+        if options.tree.sampled and not isinstance(drafter, EagleDrafter | MixedDrafter):
             raise SpecdecError(
                 "needs a draft head to draw from", field="tree", value="sampled", remedy="Give a head."
             )

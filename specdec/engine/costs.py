@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +22,10 @@ from specdec.accept import Verdict
 from specdec.attention.protocol import tree_rows
 from specdec.cache import KVCache
 from specdec.drafting.eagle import EagleDrafter
+from specdec.drafting.mixed import MixedDrafter
 from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.budget import CostTable
+from specdec.sampling import likeliest
 from specdec.target.protocol import Target
 from specdec.tree import chain
 
@@ -39,50 +41,67 @@ def measure(target: Target, drafter: Drafter, cache: KVCache) -> CostTable:
     """Time target forwards and drafting levels; clobbers the cache and the drafter's slots."""
     batches = [b for b in (1, 2, 4, 8, 16, 32, 64) if b <= cache.slots]
     prefix = min(PREFIX, cache.length // 2)
-    verify = {}
-    for b in batches:
-        cells = [n for n in NODES if n == 1 or b * n <= MOST_ROWS]
-        verify[b] = {n: _verify_ms(target, cache, b, n, prefix, drafter.taps) for n in cells}
-        for low, high in pairwise(cells):  # noise must not make more nodes look cheaper
-            verify[b][high] = max(verify[b][high], verify[b][low])
-    if not isinstance(drafter, EagleDrafter):
+    cells = {(b, n): _verify(target, cache, b, n, prefix, drafter.taps)
+             for b in batches for n in NODES if n == 1 or b * n <= MOST_ROWS}  # fmt: skip
+    times = _least_ms(cells)
+    verify: dict[int, dict[int, float]] = {b: {} for b in batches}
+    for b, n in cells:  # noise must not make more nodes look cheaper
+        verify[b][n] = max(times[b, n], *verify[b].values(), 0.0)
+    eagle = _asks_head(drafter)
+    if eagle is None:
         return CostTable(verify, {}, {})
-    extend, level = {}, {}
-    for b in batches:
-        extend[b], level[b] = _draft_ms(drafter, target, b, prefix)
-    return CostTable(verify, level, extend)
+    drafts = {(b, depth): _draft(eagle, target, b, depth, prefix) for b in batches for depth in (1, 3)}
+    times = _least_ms(drafts)
+    for slot in range(max(batches)):
+        eagle.release(slot)
+        eagle.lanes[slot].rows = 0
+    level = {b: max((times[b, 3] - times[b, 1]) / 2, 1e-3) for b in batches}
+    return CostTable(verify, level, {b: times[b, 1] for b in batches})
 
 
-def _least_ms(work: Callable[[], object]) -> float:
-    """The fastest of several: what else the machine does only ever adds, and prices must not follow its noise."""
-    work()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e3
+def _asks_head(drafter: Drafter) -> EagleDrafter | None:
+    if isinstance(drafter, MixedDrafter):
+        return drafter.head
+    return drafter if isinstance(drafter, EagleDrafter) else None
+
+
+def _least_ms(works: Mapping[tuple[int, int], Callable[[], object]]) -> dict[tuple[int, int], float]:
+    """The fastest of several runs each: what else the machine does only ever adds, and prices must not follow it.
+
+    The works take turns, so that a busy moment falls on all of them.
+    """
+    least = dict.fromkeys(works, math.inf)
+    for turn in range(REPEATS + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                least[name] = min(least[name], (time.perf_counter() - start) * 1e3)
+    return least
 
 
 def _slots(b: int, prefix: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(b, device=device), torch.full((b,), prefix, device=device)
 
 
-def _verify_ms(target: Target, cache: KVCache, b: int, n: int, prefix: int, taps: tuple[int, ...]) -> float:
+def _verify(
+    target: Target, cache: KVCache, b: int, n: int, prefix: int, taps: tuple[int, ...]
+) -> Callable[[], object]:
+    """A forward over B trees of N nodes, and the target's greedy choice after each."""
     slots, lengths = _slots(b, prefix, target.info.device)
     tree = chain(torch.ones(b, n, dtype=torch.int64, device=target.info.device))
 
     def work() -> object:
         states = target.forward(tree.tokens, tree_rows(slots, lengths, tree), cache, taps)
-        return target.logits(states.final)
+        return likeliest(target.logits(states.final))
 
-    return _least_ms(work)
+    return work
 
 
-def _draft_ms(drafter: EagleDrafter, target: Target, b: int, prefix: int) -> tuple[float, float]:
-    """(extension and first level, one further level) in milliseconds."""
+def _draft(drafter: EagleDrafter, target: Target, b: int, depth: int, prefix: int) -> Callable[[], object]:
+    """Reading two accepted tokens and growing trees of so many levels."""
     slots, lengths = _slots(b, prefix, target.info.device)
     wide = drafter.head.config.target_hidden * len(drafter.taps)
     context = Context(slots, torch.ones_like(slots), lengths)
@@ -90,21 +109,14 @@ def _draft_ms(drafter: EagleDrafter, target: Target, b: int, prefix: int) -> tup
     kept = torch.tensor([[0, 1]], device=slots.device).expand(b, 2)
     verdict = Verdict(kept, torch.full_like(slots, 2), torch.ones_like(kept), torch.ones_like(slots))
 
-    def work(depth: int) -> Callable[[], object]:
-        def once() -> object:
-            for slot in range(b):
-                drafter.lanes[slot].rows = prefix - 2
-                drafter.lanes[slot].features, drafter.lanes[slot].tokens = [], []
-            drafter.observe(context, features, verdict)
-            return drafter.propose(context, Shape(depth, WIDTH, 16))
+    def work() -> object:
+        for slot in range(b):
+            drafter.lanes[slot].rows = prefix - 2
+            drafter.lanes[slot].features, drafter.lanes[slot].tokens = [], []
+        drafter.observe(context, features, verdict)
+        return drafter.propose(context, Shape(depth, WIDTH, 16))
 
-        return once
-
-    one, three = _least_ms(work(1)), _least_ms(work(3))
-    for slot in range(b):
-        drafter.release(slot)
-        drafter.lanes[slot].rows = 0
-    return one, max((three - one) / 2, 1e-3)
+    return work
 
 
 def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path) -> CostTable:
@@ -131,7 +143,8 @@ def _key(target: Target, drafter: Drafter, cache: KVCache) -> str:
         if info.device.type == "cuda"
         else platform.processor() or platform.machine()
     )
-    head = drafter.head.config if isinstance(drafter, EagleDrafter) else ()
+    eagle = _asks_head(drafter)
+    head = () if eagle is None else eagle.head.config
     parts = (
         platform.node(),
         device,
@@ -142,7 +155,7 @@ def _key(target: Target, drafter: Drafter, cache: KVCache) -> str:
         info.fingerprint,
         str(info.dtype),
         cache.slots,
-        drafter.name,
+        drafter.name if eagle is None else eagle.name,
         str(head),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

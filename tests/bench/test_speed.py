@@ -43,5 +43,5 @@ def test_the_table_names_every_system(job: Job) -> None:
     shared = {"target": "t", "dtype": "torch.float32", "temperature": 0.0, "max_tokens": 8, "machine": "m",
               "threads": 2, "argv": ["specdec", "bench"]}  # fmt: skip
     text = table([{**shared, **row} for row in summarise(job, runs)])
-    assert "shipped head" in text and "plain loop" in text
-    assert "| chat | 2.8 | 2.00 | 4.00 |" in text
+    assert "head and n-grams, x plain" in text and "plain loop" in text
+    assert "| chat | 2.8 | 2.00 | 2.00 | 4.00 | - |" in text

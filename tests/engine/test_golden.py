@@ -17,7 +17,10 @@ from toy import FakeDrafter, around
 
 from specdec.attention.protocol import chunk_rows
 from specdec.cache import KVCache
+from specdec.drafting.eagle import EagleDrafter
+from specdec.drafting.mixed import MixedDrafter
 from specdec.drafting.ngram import NgramDrafter
+from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.engine import Limits
 from specdec.head.model import DraftHead
@@ -85,7 +88,7 @@ def _together(target: Target, drafter: Drafter, shape: Shape, settings: Settings
     return [r.output for r in requests], machine.counters.tau
 
 
-def _head_drafter(target: Target, answers: Sequence[Sequence[int]]) -> Drafter:
+def _head_drafter(target: Target, answers: Sequence[Sequence[int]]) -> EagleDrafter:
     ids = {token for answer in answers for token in answer} | set(range(40, 48))
     return engines.eagle(target, engines.random_head(target, ids))
 
@@ -93,7 +96,7 @@ def _head_drafter(target: Target, answers: Sequence[Sequence[int]]) -> Drafter:
 @pytest.mark.parametrize(("arch", "backend"), BOTH)
 def test_none_and_ngram_equal_plain(target_of: Targets, plain: Callable, arch: str, backend: str) -> None:
     target, wanted = target_of(arch, backend), plain(arch, backend, "greedy")
-    got, tau = _together(target, engines.NoDrafter(), FULL, GREEDY)
+    got, tau = _together(target, NoDrafter(), FULL, GREEDY)
     assert got == wanted
     assert tau == 1
     got, tau = _together(target, NgramDrafter(), WIDE if backend == "adapter" else FULL, GREEDY)
@@ -108,6 +111,9 @@ def test_a_random_head_equals_plain(target_of: Targets, plain: Callable, arch: s
         got, tau = _together(target, _head_drafter(target, wanted), shape, GREEDY)
         assert got == wanted, shape
         assert tau > 1.02 or shape.width < 8, f"{shape}: nothing was accepted, so nothing was tested"
+        assert _together(target, MixedDrafter(_head_drafter(target, wanted)), shape, GREEDY)[0] == wanted, (
+            shape
+        )
 
 
 @pytest.mark.parametrize(("arch", "backend"), BOTH)
@@ -129,7 +135,10 @@ def test_seeded_sampling_gives_plain_tokens_and_repeats(
 ) -> None:
     target, wanted = target_of(arch), plain(arch, "lean", "sampled")
     answers = {prompt: answer for (prompt, _), answer in zip(SAMPLED, wanted, strict=True)}
-    drafters = [NgramDrafter(), _head_drafter(target, wanted), FakeDrafter(around(answers, 128))]
+    drafters = [
+        NgramDrafter(), _head_drafter(target, wanted), MixedDrafter(_head_drafter(target, wanted)),
+        FakeDrafter(around(answers, 128)),
+    ]  # fmt: skip
     for drafter in drafters:
         for _ in range(2):
             assert _together(target, drafter, FULL, SAMPLED)[0] == wanted, drafter.name
@@ -156,7 +165,7 @@ def test_prompt_chunking_does_not_matter(target_of: Targets, plain: Callable, ch
     assert [r.output for r in requests] == wanted
 
 
-@pytest.mark.parametrize("name", ["none", "ngram", "eagle"])
+@pytest.mark.parametrize("name", ["none", "ngram", "eagle", "mixed"])
 def test_a_taken_over_prefix_equals_a_fresh_one(target_of: Targets, name: str) -> None:
     target = target_of("mistral")
     first = _prompt(30, 8)
@@ -165,9 +174,10 @@ def test_a_taken_over_prefix_equals_a_fresh_one(target_of: Targets, name: str) -
     prompts = [first, first[:20] + _prompt(9, 9), (*first, *answer, 7, 8, 9), first[:20] + _prompt(4, 10)]
     settings = [(prompt, sampling) for prompt in prompts]
     wanted = _alone(target, settings)
-    drafter = {"none": engines.NoDrafter, "ngram": NgramDrafter}.get(
-        name, lambda: _head_drafter(target, wanted)
-    )()
+    head = _head_drafter(target, wanted)
+    drafter: Drafter = {"none": NoDrafter(), "ngram": NgramDrafter(), "mixed": MixedDrafter(head)}.get(
+        name, head
+    )
     machine = engines.engine(target, drafter, FULL)
     requests = _batch(settings)
     for part in (requests[:1], requests[1:3], requests[3:]):
@@ -194,7 +204,6 @@ def test_tree_scores_are_the_heads_own_along_every_path(target_of: Targets, plai
     """Depth-k parity: what the drafter computes level by level over its cache, the head computes from nothing."""
     target, wanted = target_of("llama"), plain("llama", "lean", "greedy")
     drafter = _head_drafter(target, wanted)
-    assert isinstance(drafter, engines.EagleDrafter)
     machine = engines.engine(target, drafter, Shape(4, 6, 20))
     seen: list[tuple[tuple[int, ...], DraftTree, int]] = []
     propose = drafter.propose
