@@ -80,13 +80,12 @@ def answered(
 def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped) -> Texts:
     """Samples of the answers that a store holds."""
     cold = {response.id for response in store if response.temperature == 0}
-    held = [r for r in store if split_dev(r.id)]
     heldout = list(response_samples(store, split_dev))
     dev = [_cut(sample, recipe.evaluation.max_tokens) for sample in heldout]
     greedy = [sample for sample in dev if sample.id.partition("@")[0] in cold]
     sampled = [sample for sample in dev if sample.id.partition("@")[0] not in cold]
     train = response_samples(store, lambda id: not split_dev(id))
-    used = [r for r in store if r.turn == 0 and r not in held]
+    used = [r for r in store if r.turn == 0 and not split_dev(r.id)]
     return _texts(train, greedy, sampled, recipe, skipped, used)
 
 

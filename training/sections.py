@@ -234,6 +234,7 @@ class TrainerSection:
         batch_tokens: padded tokens of one micro-batch on one process.
         accumulation: micro-batches to one optimizer step.
         max_minutes: of the whole run; it then stops cleanly with a usable head. None: after `epochs`.
+        max_tokens: visited in the whole run, padding left out; None: after `epochs`. For comparisons at equal data.
     """
 
     batch_tokens: int = 8192
@@ -241,13 +242,14 @@ class TrainerSection:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     epochs: int = 10
     max_minutes: float | None = None
+    max_tokens: int | None = None
     seed: int = 0
     save_every_minutes: float = 10.0
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
 
     def __post_init__(self) -> None:
         _at_least(1, trainer__batch_tokens=self.batch_tokens, trainer__accumulation=self.accumulation,
-                  trainer__epochs=self.epochs)  # fmt: skip
+                  trainer__epochs=self.epochs, trainer__max_tokens=self.max_tokens)  # fmt: skip
         _check(0 <= self.seed < 2**63, "trainer.seed", self.seed, "0 to 2**63 - 1")
         for field, value in (
             ("max_minutes", self.max_minutes),

@@ -132,9 +132,11 @@ class Trainer:
         return self._finish()
 
     def _done(self, epochs: float) -> float:
-        """Fraction of the run: by data or by time, whichever is further; one answer for all processes."""
-        done = torch.tensor(max(epochs / self.task.recipe.trainer.epochs, self.clock.spent))
-        if self.accelerator.num_processes > 1 and self.clock.max_minutes is not None:
+        """Fraction of the run: by epochs, tokens or time, whichever is furthest; one answer for all processes."""
+        trainer, processes = self.task.recipe.trainer, self.accelerator.num_processes
+        visited = self.progress.tokens * processes / trainer.max_tokens if trainer.max_tokens else 0.0
+        done = torch.tensor(max(epochs / trainer.epochs, visited, self.clock.spent), dtype=torch.float64)
+        if processes > 1 and (trainer.max_minutes or trainer.max_tokens):
             from accelerate.utils import broadcast
 
             done = broadcast(done.to(self.accelerator.device))

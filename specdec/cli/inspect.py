@@ -57,6 +57,7 @@ def _target(decoder: Any) -> dict[str, Any]:
         "name": info.name,
         "architecture": info.architecture,
         "backend": type(engine.target).__name__,
+        "attention": choice.told() if (choice := getattr(engine.target, "choice", None)) else "reference",
         "layers": info.layers,
         "hidden": info.hidden,
         "vocab": info.vocab,
@@ -87,14 +88,7 @@ def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[
         "parameters": sum(p.numel() for p in head.parameters()),
     }
     try:
-        check_match(
-            head.config,
-            vocab=info.vocab,
-            hidden=info.hidden,
-            layers=info.layers,
-            fingerprint=info.fingerprint,
-            name=info.name,
-        )
+        check_match(head.config, info)
         facts["match"] = "yes"
     except MismatchError as error:
         facts["match"] = f"no: {error}"

@@ -142,14 +142,7 @@ def _head(target: Target, name: str | None) -> DraftHead | None:
             "no head ships for this target", field="head", value=info.name, remedy="Name a directory."
         )
     head = load_head(path, target_layers=info.layers, dtype=info.dtype, device=info.device)
-    check_match(
-        head.config,
-        vocab=info.vocab,
-        hidden=info.hidden,
-        layers=info.layers,
-        fingerprint=info.fingerprint,
-        name=info.name,
-    )
+    check_match(head.config, info)
     head.freeze()
     return head
 

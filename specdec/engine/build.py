@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from specdec.attention.reference import ReferenceAttention
+from specdec.attention.choose import choose_attention
 from specdec.cache import KVCache
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.mixed import MixedDrafter
@@ -118,16 +118,11 @@ def _head_drafter(target: Target, path: Path, options: Options, limits: Limits) 
     weights = load_head(
         path, taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device
     )
-    check_match(
-        weights.config,
-        vocab=info.vocab,
-        hidden=info.hidden,
-        layers=info.layers,
-        fingerprint=info.fingerprint,
-        name=info.name,
-    )
+    check_match(weights.config, info)
     weights.freeze()
-    return EagleDrafter(weights, target.embed, ReferenceAttention(), limits.slots, limits.length)
+    config = weights.config
+    choice = choose_attention(weights.cache_shape(), config.heads, (config.window,))
+    return EagleDrafter(weights, target.embed, choice.attention, limits.slots, limits.length)
 
 
 def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) -> Budget:

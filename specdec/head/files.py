@@ -116,8 +116,9 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        staging.chmod(0o755)
+        staging.chmod(0o755)  # made for its owner alone, as temporary files are
         save_file(dict(tensors), staging / SAFETENSORS, metadata={"format": "pt"})
+        (staging / SAFETENSORS).chmod(0o644)
         text = json.dumps(dict(config), indent=2) + "\n"
         (staging / CONFIG).write_text(text, encoding="utf-8")
         _move_in(staging, directory)

@@ -6,43 +6,54 @@ refused.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from specdec.errors import MismatchError
 from specdec.head.config import HeadConfig
 
 
-def check_match(
-    config: HeadConfig, *, vocab: int, hidden: int, layers: int, fingerprint: str, name: str
-) -> None:
-    """Compare a head with a target.
+class Owner(Protocol):
+    """What of a target a head is compared with; `TargetInfo` is one."""
 
-    Args:
-        config: of the head.
-        vocab, hidden, layers, fingerprint, name: of the target (`TargetInfo`).
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def check_match(config: HeadConfig, target: Owner) -> None:
+    """Compare a head with a target.
 
     Raises:
         MismatchError: naming the first field that differs. A head without a fingerprint is compared by sizes
             alone.
     """
-    remedy = f"This head was not made for {name}: name the target it was trained on, or another head."
-    sizes = (("vocab", config.vocab, vocab), ("hidden", config.target_hidden, hidden))
+    remedy = f"This head was not made for {target.name}: name the target it was trained on, or another head."
+    sizes = (("vocab", config.vocab, target.vocab), ("hidden", config.target_hidden, target.hidden))
     for field, ours, theirs in sizes:
         if ours != theirs:
             raise MismatchError(
                 "head and target differ", field=field, value=ours, allowed=str(theirs), remedy=remedy
             )
-    if config.taps[-1] > layers:
+    if config.taps[-1] > target.layers:
         raise MismatchError(
             "a tap lies beyond the target's last layer",
             field="taps",
             value=list(config.taps),
-            allowed=f"0..{layers}",
+            allowed=f"0..{target.layers}",
             remedy=remedy,
         )
-    if config.fingerprint is not None and config.fingerprint != fingerprint:
+    if config.fingerprint is not None and config.fingerprint != target.fingerprint:
         raise MismatchError(
             "the head was trained on another target of the same sizes",
             field="fingerprint",
             value=config.fingerprint,
-            allowed=fingerprint,
+            allowed=target.fingerprint,
             remedy=remedy,
         )

@@ -160,14 +160,7 @@ def run(order: Order, say: Say = lambda stage, done, of: None) -> Report:
 def _check_head(order: Order) -> None:
     info = order.target.info
     if order.head is not None:
-        check_match(
-            order.head.config,
-            vocab=info.vocab,
-            hidden=info.hidden,
-            layers=info.layers,
-            fingerprint=info.fingerprint,
-            name=info.name,
-        )
+        check_match(order.head.config, info)
 
 
 class _Run:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from specdec.attention.choose import Choice, choose_attention
 from specdec.attention.protocol import Rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
@@ -47,8 +48,9 @@ DTYPES = {str(kind).removeprefix("torch."): kind for kind in KINDS}
 class LeanTarget:
     """Our own decoder behind the `Target` protocol. Weights only: caches are arguments."""
 
-    def __init__(self, decoder: LeanDecoder, info: TargetInfo) -> None:
+    def __init__(self, decoder: LeanDecoder, info: TargetInfo, choice: Choice | None = None) -> None:
         self.decoder, self.info = decoder, info
+        self.choice = choice or Choice(decoder.attention)
 
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """See `Target.forward`."""
@@ -163,7 +165,9 @@ def _load_lean(files: TargetFiles, config: Config, dtype: torch.dtype, device: t
     source = Source(files.directory)
     check_names(source.shapes, sizes)
     decoder = assemble(sizes, source.take, ReferenceAttention(), dtype, device)
-    return LeanTarget(decoder, _info(files, config, sizes, decoder))
+    choice = choose_attention(decoder.cache_shape(), sizes.heads, sorted(set(sizes.windows), key=str))
+    decoder.attention = choice.attention
+    return LeanTarget(decoder, _info(files, config, sizes, decoder), choice)
 
 
 def _info(files: TargetFiles, config: Config, sizes: LeanConfig, decoder: LeanDecoder) -> TargetInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ TARGET: dict[str, Any] = {"vocab": 12, "hidden": 16, "layers": 8, "fingerprint":
 
 
 def test_a_head_of_this_target_passes_with_and_without_a_fingerprint() -> None:
-    check_match(CONFIG, **TARGET)
-    check_match(replace(CONFIG, fingerprint=None), **TARGET)
+    check_match(CONFIG, SimpleNamespace(**TARGET))
+    check_match(replace(CONFIG, fingerprint=None), SimpleNamespace(**TARGET))
 
 
 @pytest.mark.parametrize(
@@ -42,5 +43,5 @@ def test_a_head_of_this_target_passes_with_and_without_a_fingerprint() -> None:
 )
 def test_what_differs_is_named(field: str, value: Any, named: str) -> None:
     with pytest.raises(MismatchError, match=f"^{named}:.*tiny") as caught:
-        check_match(CONFIG, **(TARGET | {field: value}))
+        check_match(CONFIG, SimpleNamespace(**(TARGET | {field: value})))
     assert caught.value.field == named
