@@ -18,9 +18,9 @@ SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 
 
 def newest(path: Path) -> list[dict[str, Any]]:
-    """Rows of the last complete run: those that share the last row's time and command."""
+    """Rows of the last run that measured transformers, too: those that share their time and command."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = rows[-1]
+    last = [row for row in rows if row["system"] == "transformers"][-1]
     return [row for row in rows if (row["time"], row["argv"]) == (last["time"], last["argv"])]
 
 

@@ -25,7 +25,8 @@ examples:
   specdec generate ./my-model --draft ./my-head --tree 7/10/60 -p "Hello"
 
 FILE is jsonl; each row has `turns` (user turns, answered one after another), `messages` or `prompt`.
-With --show-tree, drafted tokens that the target accepted are green, its own are plain."""
+With --show-tree, drafted tokens that the target accepted are green, its own are plain. A row of FILE that cannot be
+answered is told on standard error, the others go on; the exit code is then 2."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,16 +50,17 @@ def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import open_decoder
 
     decoder = open_decoder(args, draft="none" if args.plain else args.draft, taps=taps_of(args.taps))
-    failed = False
+    code = 0
     for dialogue in dialogues:
         for row in _answers(decoder, dialogue, sampling, args):
-            failed |= row["finish_reason"] == "error"
+            if row["finish_reason"] == "error":
+                code = max(code, 2 if row["stats"] is None else 1)
             if args.json:
                 sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
                 sys.stdout.flush()
             if row["finish_reason"] == "cancelled":
                 return 130
-    return 1 if failed else 0
+    return code
 
 
 def _dialogues(args: argparse.Namespace) -> Iterator[Dialogue]:
@@ -84,7 +86,14 @@ def _answers(
         messages.append({"role": "user", "content": text})
         prompt = text if args.raw or len(messages) == 1 else messages
         show = None if args.json else ("tree" if args.show_tree else "text")
-        answer = stream_answer(decoder, prompt, sampling, show, chat=not args.raw)
+        try:
+            answer = stream_answer(decoder, prompt, sampling, show, chat=not args.raw)
+        except RequestError as error:
+            if args.prompts is None:
+                raise
+            sys.stderr.write(f"specdec generate: {dialogue.id}: {error}\n")
+            yield _refused(dialogue.id, turn)  # the other rows of the file are still answered
+            return
         if answer.error:
             sys.stderr.write(f"specdec generate: {dialogue.id}: {answer.error}\n")
         messages.append({"role": "assistant", "content": answer.text})
@@ -99,3 +108,9 @@ def _answers(
         }
         if answer.finish_reason == "cancelled":
             return
+
+
+def _refused(name: str, turn: int) -> dict[str, Any]:
+    """The row of a turn that could not be asked; later turns of its dialogue are left out."""
+    return {"id": name, "turn": turn, "text": "", "token_ids": [], "finish_reason": "error", "prompt_tokens": None,
+            "stats": None}  # fmt: skip

@@ -56,8 +56,11 @@ def _target(decoder: Any) -> dict[str, Any]:
     return {
         "name": info.name,
         "architecture": info.architecture,
-        "backend": type(engine.target).__name__,
-        "attention": choice.told() if (choice := getattr(engine.target, "choice", None)) else "reference",
+        "backend": type(decoder.loaded.target).__name__,
+        "attention": choice.told()
+        if (choice := getattr(decoder.loaded.target, "choice", None))
+        else "reference",
+        "captured in CUDA graphs": "yes" if hasattr(engine.target, "recording") else "no",
         "layers": info.layers,
         "hidden": info.hidden,
         "vocab": info.vocab,

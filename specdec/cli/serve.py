@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         state = ServerState(decoder, name, limits, api_key=args.api_key or None)
         host, port = listener.getsockname()[:2]
         engine = decoder.engine
+        listener.listen()  # whoever reads the address below and comes at once waits instead of being refused
         print(  # noqa: T201 - the face speaks here
             f"{name} on {engine.target.info.device}, drafter {engine.drafter.name}, {args.slots} slots of "
             f"{engine.limits.length} tokens: http://{host}:{port}",

@@ -6,6 +6,7 @@ Knows every part and decides nothing about a round.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,10 +23,12 @@ from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.budget import Budget
 from specdec.engine.costs import remembered
 from specdec.engine.engine import Engine, Limits
+from specdec.engine.graphs import graphed
 from specdec.errors import SpecdecError
 from specdec.head.checkpoint import load_head
 from specdec.head.match import check_match
 from specdec.head.pretrained import shipped_head
+from specdec.target.load import LeanTarget
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
 
@@ -75,6 +78,10 @@ def make_engine(target: Target, head: str | Path | None, options: Options) -> En
     if length < 2 or options.slots < 1:
         raise SpecdecError("leave no room for a request", field="max_length, slots", value=(length, options.slots),
                            allowed="at least 2 tokens and 1 slot")  # fmt: skip
+    if target.info.device.type == "cuda" and isinstance(target, LeanTarget):
+        target, refused = graphed(target)
+        if refused is not None:
+            warnings.warn(f"forwards are not captured in CUDA graphs: {refused}", stacklevel=2)
     limits = Limits(slots=options.slots, length=length)
     drafter = make_drafter(target, head, options, limits)
     return Engine(target, drafter, _budget(target, drafter, options, limits), limits)

@@ -91,7 +91,7 @@ def make_server(state: ServerState, host: str, port: int, *, log_level: str = "w
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before the model is loaded. Raises SpecdecError when it is not to be had."""
+    """A bound socket, taken before the model is loaded; it does not listen yet. Raises SpecdecError: not to be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

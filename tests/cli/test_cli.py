@@ -68,6 +68,23 @@ def test_an_unknown_target(run: Run, tmp_path: Path) -> None:
     _refused(run("-p", "x", target="nobody/nothing"), "nobody/nothing")
 
 
+def test_a_row_that_cannot_be_asked_keeps_no_other_from_its_answer(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        {"id": "short", "prompt": "a b"},
+        {"id": "long", "turns": ["word " * 5000, "more"]},
+        {"id": "last", "prompt": "c"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run("--prompts", str(file), "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 2
+    assert [a["id"] for a in answers] == ["short", "long", "last"]
+    assert [a["finish_reason"] for a in answers] == ["length", "error", "length"]
+    assert answers[1]["stats"] is None
+    assert "long: prompt" in err and "Traceback" not in err
+
+
 def test_an_unknown_head(run: Run, tmp_path: Path) -> None:
     _refused(run("-p", "x", "--draft", str(tmp_path / "nowhere")), "nowhere")
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,159 @@
+"""`python -m bench.steps`: one forward over trees of 1 to 64 nodes, plain and captured, each against its floor.
+
+The floor of a step is the time that reading all weights and the committed keys and values takes at the measured copy
+bandwidth. Targets are named as for `specdec generate`; `random-8b` is an 8B Llama with random weights, for mechanics
+only. Rows go to `results/steps.jsonl` as they are made. `--device cpu` runs the plain half anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.ceilings import ceilings
+from bench.record import append
+from specdec.attention.choose import choose_attention
+from specdec.attention.protocol import tree_rows
+from specdec.attention.reference import ReferenceAttention
+from specdec.cache import KVCache
+from specdec.engine.graphs import CudaRecording, GraphedTarget
+from specdec.target.lean import LeanConfig, LeanDecoder
+from specdec.target.load import LeanTarget, load_target
+from specdec.target.protocol import Target, TargetInfo
+from specdec.tree import chain
+
+REPEATS = 15
+RANDOM = "random-8b"
+EIGHT_B = LeanConfig(
+    vocab=128256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, eps=1e-5, theta=5e5,
+    scaling=None, max_length=8192, qkv_bias=False, out_bias=False, qk_norm=False, tied=False, windows=(None,) * 32,
+)  # fmt: skip
+
+
+def random_target(config: LeanConfig, device: torch.device, dtype: torch.dtype) -> LeanTarget:
+    """A lean target of random weights, made on the device."""
+    with torch.device("meta"):
+        decoder = LeanDecoder(config, ReferenceAttention())
+    decoder = decoder.to(dtype).to_empty(device=device)
+    for parameter in decoder.parameters():
+        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
+    if config.tied:
+        decoder.head.weight = decoder.embedding
+    decoder.freeze()
+    choice = choose_attention(decoder.cache_shape(), config.heads)
+    decoder.attention = choice.attention
+    info = TargetInfo(RANDOM, "LlamaForCausalLM", config.vocab, config.hidden, config.layers, config.max_length, (),
+                      dtype, device, "random", decoder.cache_shape())  # fmt: skip
+    return LeanTarget(decoder, info, choice)
+
+
+def weight_bytes(target: LeanTarget) -> int:
+    """Bytes that a step reads: all parameters, the embedding only where it is the LM head, too."""
+    decoder = target.decoder
+    total = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    return (
+        total if decoder.config.tied else total - decoder.embedding.numel() * decoder.embedding.element_size()
+    )
+
+
+def step(target: Target, cache: KVCache, batch: int, nodes: int, prefix: int) -> Callable[[], object]:
+    """A forward over B chains of N nodes, and the likeliest token after each."""
+    device = target.info.device
+    slots = torch.arange(batch, device=device)
+    lengths = torch.full((batch,), prefix, device=device)
+    tree = chain(torch.ones(batch, nodes, dtype=torch.int64, device=device))
+
+    def work() -> object:
+        states = target.forward(tree.tokens, tree_rows(slots, lengths, tree), cache, ())
+        return target.logits(states.final).max(dim=-1).indices
+
+    return work
+
+
+@torch.inference_mode()
+def median_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Median milliseconds, host time included, as a decoding loop sees it."""
+    times = []
+    for turn in range(REPEATS + 3):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if turn >= 3:
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def measure(
+    target: LeanTarget, args: argparse.Namespace, bandwidth: float | None
+) -> Iterator[dict[str, Any]]:
+    """One row per batch and number of nodes."""
+    info = target.info
+    cache = KVCache(info.cache, max(args.batches), args.prefix + 64)
+    captured = GraphedTarget(target, CudaRecording()) if info.device.type == "cuda" else None
+    for batch in args.batches:
+        for nodes in args.nodes:
+            read = weight_bytes(target) + batch * args.prefix * info.cache.row_bytes()
+            row: dict[str, Any] = {"target": info.name, "attention": target.decoder.attention.name, "batch": batch,
+                                   "nodes": nodes, "prefix": args.prefix, "dtype": str(info.dtype)}  # fmt: skip
+            row["plain_ms"] = round(median_ms(step(target, cache, batch, nodes, args.prefix), info.device), 4)
+            if captured is not None:
+                row["captured_ms"] = round(
+                    median_ms(step(captured, cache, batch, nodes, args.prefix), info.device), 4
+                )
+            if bandwidth is not None:
+                row["floor_ms"] = round(1e3 * read / bandwidth, 4)
+            yield row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Milliseconds, and the best over the floor."""
+    made = Table("target", "attention", "batch", "nodes", "plain ms", "captured ms", "floor ms", "x floor")
+    for row in rows:
+        best, floor = min(row["plain_ms"], row.get("captured_ms", row["plain_ms"])), row.get("floor_ms")
+        made.add_row(row["target"], row["attention"], str(row["batch"]), str(row["nodes"]), f"{row['plain_ms']:.3f}",
+                     f"{row['captured_ms']:.3f}" if "captured_ms" in row else "", f"{floor:.3f}" if floor else "",
+                     f"{best / floor:.2f}" if floor else "")  # fmt: skip
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every target; rows are kept as they come."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", default=["smollm2-135m", RANDOM])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--prefix", type=int, default=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    device, rows = torch.device(args.device), list[dict[str, Any]]()
+    bandwidth = None
+    if device.type == "cuda":
+        ceiling = ceilings()
+        bandwidth = ceiling.bytes
+        append("steps", [{"kind": "ceiling", **asdict(ceiling)}])
+    for name in args.targets:
+        target = (random_target(EIGHT_B, device, torch.bfloat16) if name == RANDOM
+                  else load_target(name, dtype=torch.bfloat16, device=device, prefer="lean").target)  # fmt: skip
+        assert isinstance(target, LeanTarget)
+        for row in measure(target, args, bandwidth):
+            rows.append(row)
+            append("steps", [row])
+        del target
+    Console().print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
