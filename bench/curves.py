@@ -1,7 +1,7 @@
 """What buys tau: the same small training run with one thing changed at a time, on answers that are already there.
 
 Run as `python -m bench.curves --responses RUN/run/responses.jsonl`, on the answers of a `specdec train` run. Every run
-sees the same text and the same number of tokens, and is graded by simulated tau on the same held-out answers (tree
+draws the same number of tokens from the same text, at most once each, and is graded by simulated tau on the same held-out answers (tree
 7/10/60 and chain). Rows go to `results/curves.jsonl`, one per run, with its seed; runs that stand there already for
 the same settings are left out.
 """
@@ -9,10 +9,12 @@ the same settings are left out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,12 @@ def curves(tokens: int) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
         yield "vocabulary", size, (f"vocab.size={size}",)
 
 
-def one(loaded: LoadedTarget, responses: Path, overrides: Sequence[str], cache: Path) -> dict[str, Any]:
-    """Train and grade one head; features of the same taps are shared between runs."""
+def one(
+    loaded: LoadedTarget, responses: Path, overrides: Sequence[str], most: int, cache: Path
+) -> dict[str, Any]:
+    """Train and grade one head on the first `most` tokens; features of the same taps are shared between runs."""
     recipe = load_recipe("cpu", [*BASE, *overrides])
-    texts = _texts(responses, loaded, recipe)
+    texts = _texts(responses, loaded, recipe, most)
     shared = cache / "-".join(map(str, recipe.head.taps))
     shared.mkdir(exist_ok=True)
     started = time.perf_counter()
@@ -78,9 +82,13 @@ def one(loaded: LoadedTarget, responses: Path, overrides: Sequence[str], cache: 
     }  # fmt: skip
 
 
-def _texts(responses: Path, loaded: LoadedTarget, recipe: Recipe) -> Texts:
+def _texts(responses: Path, loaded: LoadedTarget, recipe: Recipe, most: int) -> Texts:
     with ResponseStore(responses, loaded.target.info.fingerprint) as store:
-        return from_store(store, recipe, Skipped())
+        texts = from_store(store, recipe, Skipped())
+    ends = itertools.accumulate(map(len, texts.train))
+    return replace(
+        texts, train=[sample for sample, end in zip(texts.train, ends, strict=True) if end <= most]
+    )
 
 
 def _known(path: Path, key: dict[str, Any]) -> set[str]:
@@ -108,7 +116,7 @@ def main() -> None:
             if args.only not in (None, curve) or json.dumps(list(overrides)) in done:
                 continue
             full = (f"trainer.max_tokens={args.tokens}", *overrides)
-            row = one(loaded, args.responses, full, Path(cache))
+            row = one(loaded, args.responses, full, 2 * args.tokens, Path(cache))
             append("curves", [{**key, "curve": curve, "value": value, "overrides": list(overrides), **row}])
             Console().print(
                 f"{curve} = {value}: tau {row['tau']} after {row['visited']:,} tokens, {row['seconds']} s"
