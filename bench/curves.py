@@ -1,9 +1,9 @@
 """What buys tau: the same small training run with one thing changed at a time, on answers that are already there.
 
 Run as `python -m bench.curves --responses RUN/run/responses.jsonl`, on the answers of a `specdec train` run. Every run
-draws the same number of tokens from the same text, at most once each, and is graded by simulated tau on the same held-out answers (tree
-7/10/60 and chain). Rows go to `results/curves.jsonl`, one per run, with its seed; runs that stand there already for
-the same settings are left out.
+draws the same number of tokens from the same text, at most once each, and is graded by simulated tau on the same
+held-out answers (tree 7/10/60 and chain). Rows go to `results/curves.jsonl`, one per run, with its seed; runs that
+stand there already for the same settings are left out.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ from training.watch import read_log
 BASE = (
     "unroll.steps=3", "unroll.curriculum=[]", "vocab.size=8192", "head.taps=[2,15,29]", "trainer.epochs=1000",
     "trainer.max_minutes=null", "trainer.tracker=none", "trainer.save_every_minutes=1000", "cache.gigabytes=8",
-    "evaluation.every_minutes=1000", "evaluation.prompts=32", "evaluation.max_tokens=96",
+    "evaluation.every_minutes=1000", "evaluation.prompts=16", "evaluation.max_tokens=96",
 )  # fmt: skip
 SEEDS = 3  # runs of the base, which tell how far chance goes
 
 
 def curves(tokens: int) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """(curve, value, overrides) of every run; the base is part of most curves and run once."""
-    for seed in range(SEEDS):
-        yield "seed", seed, (f"trainer.seed={seed}",)
+    yield "seed", 0, ("trainer.seed=0",)
     for share in (0.125, 0.25, 0.5, 2.0):
         yield "tokens", int(share * tokens), (f"trainer.max_tokens={int(share * tokens)}",)
     for steps in (1, 5, 7):
@@ -56,6 +55,8 @@ def curves(tokens: int) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     yield "norms", "fc_norm and norm_output", ("head.fc_norm=true", "head.norm_output=true")
     for size in (2048, 4096, 16384):
         yield "vocabulary", size, (f"vocab.size={size}",)
+    for seed in range(1, SEEDS):
+        yield "seed", seed, (f"trainer.seed={seed}",)
 
 
 def one(
