@@ -27,7 +27,7 @@ from training.objective import Objective, Settings
 from training.optim import Optimizer, Rates
 from training.recipe import Recipe
 from training.vocab import count_tokens, coverage, draft_vocab
-from training.warmstart import Moments, Sources, cold_start, warm_start
+from training.warmstart import Moments, Sources, cold_start, unit, warm_start
 
 MOMENT_ROWS = 40_000  # that the closed-form start is solved from; more change little
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,16 +100,17 @@ def build(target: Target, config: HeadConfig, vocabulary: Vocabulary, features: 
     head = DraftHead(config)
     matrix = target.output_embedding()
     rows = matrix[vocabulary.ids.to(matrix.device)].cpu()
-    moments = measure(target, features, generator)
+    parts = len(config.taps) if config.fc_norm else int(config.norm_before_fc)
+    moments = measure(target, features, generator, parts)
     scale = moments.scale(len(config.taps) * config.target_hidden)
-    if recipe.head.warm_start and not (config.fc_norm or config.norm_before_fc):
+    if parts:
+        scale = torch.ones_like(scale)  # its own norms see to it
+    if recipe.head.warm_start:
         warm_start(head, vocabulary.ids, moments, _sources(target, config, rows), generator)
         with torch.no_grad():
             head.fc.weight.mul_(scale)
     else:
         cold_start(head, vocabulary.ids, generator)
-    if config.fc_norm or config.norm_before_fc:
-        scale = torch.ones_like(scale)  # its own norms see to it
     head.to(target.info.device)
     optimizer = Optimizer(head, config, _rates(recipe))
     head.to(compute_dtype(recipe))
@@ -127,8 +128,12 @@ def _rates(recipe: Recipe) -> Rates:
     return Rates(wanted.lr, matrix_lr, wanted.betas, wanted.weight_decay)
 
 
-def measure(target: Target, features: Features, generator: torch.Generator) -> Moments:
-    """Second moments of random samples: what the start is solved from and features are scaled by."""
+def measure(target: Target, features: Features, generator: torch.Generator, parts: int = 0) -> Moments:
+    """Second moments of random samples: what the start is solved from and features are scaled by.
+
+    Args:
+        parts: equal parts of the features that the head norms before `fc` (EAGLE-3.1); 0 takes them as they are.
+    """
     hidden = target.info.hidden
     weight = target.final_norm()[0].float().cpu()
     weight = torch.where(weight.abs() < 1e-3, 1e-3, weight)
@@ -141,7 +146,10 @@ def measure(target: Target, features: Features, generator: torch.Generator) -> M
         # row t reads taps(t) and token t + 1; its y should be the state at t + 1
         at = torch.from_numpy(sample.loss_mask[2:]).nonzero()[:, 0]
         embedded = target.embed(tokens[at + 1].to(target.info.device)).cpu()
-        moments.add(captured.features.cpu()[at], embedded, captured.final.cpu()[at + 1].float() / weight)
+        taps = captured.features.cpu()[at].float()
+        if parts:
+            taps = unit(taps.unflatten(-1, (parts, width // parts))).flatten(-2)  # type: ignore[no-untyped-call]
+        moments.add(taps, embedded, captured.final.cpu()[at + 1].float() / weight)
         if moments.rows >= MOMENT_ROWS:
             break
     return moments

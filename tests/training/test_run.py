@@ -86,6 +86,21 @@ def test_a_prompt_longer_than_the_context_is_counted_and_harms_no_other(
     assert load_head(tmp_path / "head", target_layers=tiny.LAYERS).config.taps == (2, 4, 6)
 
 
+@pytest.mark.parametrize("norm", ["fc_norm", "norm_before_fc"])
+def test_the_closed_form_start_knows_the_norms_before_fc(
+    target: Path, prompts: Path, tmp_path: Path, norm: str
+) -> None:
+    losses = []
+    for start in ("true", "false"):
+        out = tmp_path / start
+        train(
+            order(target, prompts, out, f"head.{norm}=true", f"head.warm_start={start}", "trainer.epochs=1"),
+            quiet(),
+        )
+        losses.append(read_log(out / "train_log.jsonl", "step")[0]["loss"][0])
+    assert losses[0] < 0.95 * losses[1]
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(target: Path, prompts: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=100)
     assert train(order(target, prompts, tmp_path / "head", dry_run=True), console) is None
