@@ -165,7 +165,8 @@ def merge(left: Sketch, right: Sketch, nodes: int) -> Sketch:
 
 
 def _best_first(root: int, children: list[dict[int, int]], edges: list[float], nodes: int) -> Sketch:
-    """Candidates [(path score, parent, token)] in falling order; a parent always precedes its children."""
+    """The likeliest paths of a tree of candidates: `children[i]` by token, `edges[i]` the probability of reaching i
+    from its parent."""
     sketch = Sketch([root])
     heap: list[tuple[float, int, int, int]] = []  # (-score, candidate, parent in the sketch, token)
 
