@@ -19,7 +19,7 @@ from specdec.engine.request import Piece, Request
 from specdec.head.config import HeadConfig
 from specdec.head.model import DraftHead
 from specdec.sampling import Sampling
-from specdec.target.load import load_target
+from specdec.target.load import LeanTarget, load_target
 from specdec.target.protocol import Target
 
 LIMITS = Limits(slots=3, length=128, chunk=16)
@@ -31,6 +31,12 @@ def load(directory: Path, arch: str, backend: Literal["lean", "adapter"]) -> Tar
     if not path.is_dir():
         tiny.save(arch, directory)
     return load_target(str(path), dtype=torch.float32, prefer=backend).target
+
+
+def attention_of(target: Target) -> str:
+    """Name of the tree attention of a lean target."""
+    assert isinstance(target, LeanTarget)
+    return target.decoder.attention.name
 
 
 def random_head(target: Target, ids: Iterable[int], seed: int = 0) -> DraftHead:

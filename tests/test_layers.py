@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors",),
-    ("tree", "sampling", "accept", "cache", "stats"),
+    ("errors", "places"),
+    ("tree", "sampling", "accept", "cache", "stats", "native"),
     ("layers", "attention"),
     ("target", "head"),
     ("drafting",),

@@ -169,5 +169,4 @@ def _sources(target: Target, config: HeadConfig, rows: Tensor) -> Sources:
 
 
 def _weight(projection: Projection) -> Tensor:
-    dense = projection.weight if projection.packed is None else projection.packed.to_dense()
-    return dense.detach().float().cpu()
+    return projection.plain_weight().float().cpu()

@@ -1,6 +1,6 @@
-"""Which tree attention runs fastest on this machine: each is tried, held against the reference, and timed.
+"""Which tree attention this machine takes: each is tried, held against the reference, and timed.
 
-Knows the shape of one layer, nothing of models. On a CPU the reference is all there is.
+Knows the shape of one layer, nothing of models.
 Dimension legend: B requests, N rows, H heads, D head size.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from specdec.attention.native import NativeAttention
 from specdec.attention.protocol import Rows, TreeAttention, tree_rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import CacheShape, KVCache
@@ -77,14 +78,15 @@ def choose_attention(
         except Exception as error:  # whatever a missing or broken package does, the others still run
             refused[attention.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
             continue
-        if milliseconds[attention.name] < milliseconds[chosen.name]:
+        # the C kernels need not win: with them a node's result does not depend on its neighbours
+        if isinstance(attention, NativeAttention) or milliseconds[attention.name] < milliseconds[chosen.name]:
             chosen = attention
     return Choice(chosen, milliseconds, refused)
 
 
 def _made_for(device: torch.device) -> Sequence[Maker]:
     if device.type != "cuda":
-        return ()
+        return (NativeAttention,)
 
     def triton() -> TreeAttention:
         from specdec.attention.triton import TritonAttention

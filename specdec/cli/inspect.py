@@ -52,6 +52,8 @@ def _head_path(target: str, draft: str) -> Path | None:
 
 
 def _target(decoder: Any) -> dict[str, Any]:
+    from specdec.native.library import why_not
+
     info, engine = decoder.engine.target.info, decoder.engine
     return {
         "name": info.name,
@@ -60,6 +62,7 @@ def _target(decoder: Any) -> dict[str, Any]:
         "attention": choice.told()
         if (choice := getattr(decoder.loaded.target, "choice", None))
         else "reference",
+        "C kernels": why_not() or "yes",
         "captured in CUDA graphs": "yes" if hasattr(engine.target, "recording") else "no",
         "layers": info.layers,
         "hidden": info.hidden,

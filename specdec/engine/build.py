@@ -5,7 +5,6 @@ Knows every part and decides nothing about a round.
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from specdec.errors import SpecdecError
 from specdec.head.checkpoint import load_head
 from specdec.head.match import check_match
 from specdec.head.pretrained import shipped_head
+from specdec.places import cache_root
 from specdec.target.load import LeanTarget
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
@@ -62,11 +62,6 @@ class Options:
     tree: Shape | None = None
     backend: Literal["auto", "lean", "adapter"] = "auto"
     taps: tuple[int, ...] | None = None
-
-
-def cache_directory() -> Path:
-    """Where dequantised weights and cost tables are kept: $SPECDEC_CACHE, else the user's cache."""
-    return Path(os.environ.get("SPECDEC_CACHE") or Path.home() / ".cache" / "specdec")
 
 
 def make_engine(target: Target, head: str | Path | None, options: Options) -> Engine:
@@ -142,7 +137,7 @@ def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) 
             )
         return Budget(None, options.tree, adaptive=False)
     scratch = KVCache(target.info.cache, limits.slots, min(limits.length, 512) + MAX_NODES)
-    costs = remembered(target, drafter, scratch, cache_directory() / "costs")
+    costs = remembered(target, drafter, scratch, cache_root() / "costs")
     limit = CPU_LIMIT if target.info.device.type == "cpu" else DEFAULT_TREE
     return Budget(costs, limit)
 

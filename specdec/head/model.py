@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from specdec.cache import CacheShape
 from specdec.head.config import HeadConfig
+from specdec.layers.gate import gated
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import Rope, frequencies, rotate
@@ -124,8 +124,7 @@ class DraftHead(nn.Module):
         qk = rotate(heads[:, :, :turned], angles.cos, angles.sin)
         seen = attend(qk[:, :, : c.heads], qk[:, :, c.heads :], heads[:, :, turned:], self.scale)
         a = (normed if c.norm_before_residual else g) + self.out(seen.reshape(b, n, -1))
-        gate, up = self.gate_up(self.mlp_norm(a)).chunk(2, dim=-1)
-        y: Tensor = a + self.down(F.silu(gate) * up)
+        y: Tensor = a + self.down(gated(self.gate_up(self.mlp_norm(a))))
         return y
 
     def feedback(self, y: Tensor) -> Tensor:

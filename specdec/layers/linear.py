@@ -1,26 +1,36 @@
 """A bias-optional projection that can be packed for CPU decoding.
 
-Decoding multiplies a few rows by a large matrix. Through `F.linear` oneDNN re-lays the matrix at every call; packed
-once, the same product runs at about half the time in float32 and bfloat16 on AVX-512 machines. The packing ops are
-the ones inductor uses when it freezes a graph. Training and CUDA use the plain weight.
+Decoding multiplies a few rows by a large matrix. Through `F.linear` that product is re-laid at every call, or runs far
+under the memory's speed; packed once, it does neither. Our own kernels come first (native/). Without a compiler, and
+for bfloat16 on processors that multiply it in hardware, it is oneDNN's packed product, the one inductor uses when it
+freezes a graph. Training and CUDA use the plain weight.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PACK_ROWS = 16  # the row count the layout is tuned for: a small tree; single rows lose nothing by it
+from specdec.native import linear as native
+
+PACK_ROWS = 16  # the row count oneDNN's layout is tuned for: a small tree; single rows lose nothing by it
+Packing = Literal["native", "onednn"]
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Is there a packed product for this weight on this machine?"""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
+def packing_of(weight: Tensor) -> Packing | None:
+    """How this weight is packed on this machine; None where no packing exists."""
+    if weight.device.type != "cpu":
+        return None
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    in_hardware = bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if native.can_multiply(weight) and not (weight.dtype == torch.bfloat16 and in_hardware):
+        return "native"
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+        return "onednn" if in_hardware else None
+    return "onednn" if onednn and weight.dtype == torch.float32 else None
 
 
 class Projection(nn.Module):
@@ -31,22 +41,39 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.full((outputs, inputs), torch.nan))
         self.bias = nn.Parameter(torch.full((outputs,), torch.nan)) if bias else None
         self.inputs, self.outputs = inputs, outputs
+        self.packing: Packing | None = None
         self.packed: Tensor | None = None
 
     def pack(self, *, keep_weight: bool = False) -> None:
-        """Re-lay the weight for oneDNN; frees it unless `keep_weight`. Does nothing where no packing exists."""
-        if self.packed is not None or not can_pack(self.weight):
+        """Re-lay the weight; frees it unless `keep_weight`. Does nothing where no packing exists."""
+        if self.packed is not None:
             return
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), PACK_ROWS)
+        self.packing = packing_of(self.weight)
+        if self.packing is None:
+            return
+        plain = self.weight.detach().contiguous()
+        self.packed = (native.pack(plain) if self.packing == "native"
+                       else torch.ops.mkldnn._reorder_linear_weight(plain, PACK_ROWS))  # fmt: skip
         if not keep_weight:
             self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
+
+    def plain_weight(self) -> Tensor:
+        """[outputs, inputs], unpacked for the occasion where it has to be."""
+        if self.packed is None:
+            return self.weight.detach()
+        return (
+            native.unpack(self.packed, self.outputs) if self.packing == "native" else self.packed.to_dense()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs] -> [..., outputs]."""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, self.inputs)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        if self.packing == "native":
+            y = native.linear(rows, self.packed, self.outputs, self.bias)
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return y.view(*x.shape[:-1], self.outputs)
 
 

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from specdec.attention.protocol import Rows, TreeAttention
 from specdec.cache import CacheShape, KVCache
 from specdec.errors import UnsupportedError
+from specdec.layers.gate import gated
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import SCALINGS, Rope, frequencies, rotate
+from specdec.native.placing import can_place, place
 from specdec.target.protocol import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -130,17 +132,25 @@ class Block(nn.Module):
         """x: [B, N, H] -> [B, N, H]."""
         b, n, _ = x.shape
         heads = self.qkv(self.input_norm(x)).view(b, n, self.heads + 2 * self.kv_heads, self.head_dim)
+        queries = self._place(heads, step, layer)
+        seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
+        x = x + self.out(seen.reshape(b, n, -1))
+        y: Tensor = x + self.down(gated(self.gate_up(self.mlp_norm(x))))
+        return y
+
+    def _place(self, heads: Tensor, step: Step, layer: int) -> Tensor:
+        """Turn queries and keys to their positions, store keys and values; returns the queries [B, N, heads, D]."""
+        plane, index = step.cache.kv[layer], step.rows.index
+        if self.q_norm is None and can_place(heads, plane):
+            place(heads, step.cos, step.sin, plane, index.slots, index.indices)
+            return heads[:, :, : self.heads]
         turned = self.heads + self.kv_heads
         qk = heads[:, :, :turned]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], dim=2)
         qk = rotate(qk, step.cos, step.sin)
-        step.cache.write(layer, step.rows.index, qk[:, :, self.heads :], heads[:, :, turned:])
-        seen = step.attention.attend(qk[:, :, : self.heads], step.cache, layer, plan, self.scale)
-        x = x + self.out(seen.reshape(b, n, -1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        y: Tensor = x + self.down(F.silu(gate) * up)
-        return y
+        step.cache.write(layer, index, qk[:, :, self.heads :], heads[:, :, turned:])
+        return qk[:, :, : self.heads]
 
 
 @dataclass(frozen=True, slots=True)

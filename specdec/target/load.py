@@ -77,8 +77,7 @@ def output_matrix(decoder: LeanDecoder) -> Tensor:
     """The LM head's matrix [V, H]: the embedding when tied, else unpacked for the occasion."""
     if decoder.config.tied:
         return decoder.embedding.detach()
-    head = decoder.head
-    return (head.weight if head.packed is None else head.packed.to_dense()).detach()
+    return decoder.head.plain_weight()
 
 
 @dataclass(frozen=True, slots=True)

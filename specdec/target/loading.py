@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from specdec.errors import CheckpointError, SpecdecError
+from specdec.places import cache_root
 from specdec.target import embedded, gguf, store, weights
 from specdec.target.shards import PICKLED, SAFETENSORS, first_line, read_shard, shards
 
@@ -51,13 +52,13 @@ def resolve(name: str, *, cache_dir: Path | None = None) -> TargetFiles:
     Args:
         name: the embedded default's name; else an existing directory or .gguf file; else a Hub id. A
             directory that happens to be called as the default is reached by "./smollm2-135m".
-        cache_dir: where conversions are kept; by default `store.cache_root()`. The Hub keeps its own cache.
+        cache_dir: where conversions are kept; by default `places.cache_root()`. The Hub keeps its own cache.
 
     Raises:
         SpecdecError: no such target; the remedy says what to do.
         CheckpointError: its files are incomplete or broken.
     """
-    root = store.cache_root() if cache_dir is None else cache_dir
+    root = cache_root() if cache_dir is None else cache_dir
     if name == embedded.NAME:
         return _converted(name, embedded.SHA256, root)
     path = Path(name).expanduser()

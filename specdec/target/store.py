@@ -32,13 +32,6 @@ class Seal:
     sha256: str
 
 
-def cache_root() -> Path:
-    """$SPECDEC_CACHE, else specdec under $XDG_CACHE_HOME or ~/.cache. Not created here."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specdec"
-
-
 def sha256_of(path: Path) -> str:
     """The file's sha256 as 64 hex digits."""
     with path.open("rb") as file:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec.errors import CheckpointError, SpecdecError, UnsupportedError
-from specdec.layers.linear import can_pack
 from specdec.target import load, precision
 from specdec.target.adapter import HFTarget
 from specdec.target.load import LeanTarget, load_target
@@ -157,4 +156,3 @@ def test_bfloat16_must_win_at_every_row_count(narrow: tuple[float, float], choic
 def test_the_measurement_measures() -> None:
     times = precision.seconds(((64, 48), (48, 64)), torch.float32)
     assert len(times) == len(precision.ROWS) and all(0 < t < 1 for t in times)
-    assert can_pack(torch.zeros(2, 2)) == torch.backends.mkldnn.is_available()

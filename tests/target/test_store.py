@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from specdec.errors import SpecdecError
-from specdec.target.store import MANIFEST, build_once, cache_root, intact, sha256_of, sha256_once
+from specdec.places import cache_root
+from specdec.target.store import MANIFEST, build_once, intact, sha256_of, sha256_once
 
 
 class Builder:

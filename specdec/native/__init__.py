@@ -1,0 +1,1 @@
+"""Kernels in C for decoding on CPUs, compiled on the machine they run on."""

@@ -1,0 +1,116 @@
+"""The C kernels of this package as a loaded library: compiled once for this processor, remembered in the cache.
+
+Plain C through the system's compiler, as triton and inductor do for their devices; about a second. Where there is no
+compiler, or it fails, the library is None, torch's own operations do the work, and `why_not` tells the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from specdec.places import cache_root
+
+SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
+SOURCES = ("linear.c", "attention.c", "elementwise.c")
+HEADERS = ("vectors.h", "exponential.h")
+# contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-Wno-psabi",
+    "-std=gnu11",
+)
+LONGEST = 120.0  # seconds for the compiler
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they cannot be had."""
+    return _loaded()[0]
+
+
+def why_not() -> str | None:
+    """The reason for None, in a few words."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH} is 0"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        return None, "no C compiler"
+    try:
+        return _declared(ctypes.CDLL(str(_built(compiler)))), None
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} failed: {(error.stderr or b'').decode(errors='replace').strip()[:200]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, str(error)
+
+
+def _built(compiler: str) -> Path:
+    """Compile unless the very same library is there already. Raises OSError or a subprocess error."""
+    here = Path(__file__).parent
+    parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    parts += [" ".join(FLAGS).encode(), _processor().encode(), _version(compiler), torch.__version__.encode()]
+    name = f"kernels-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
+    try:
+        place = cache_root() / "native"
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written costs a second at every start, no more
+        place = Path(tempfile.mkdtemp(prefix="specdec-native-"))
+    if (place / name).exists():
+        return place / name
+    descriptor, temporary = tempfile.mkstemp(dir=place, suffix=".so")
+    os.close(descriptor)
+    try:
+        command = [compiler, *FLAGS, "-o", temporary, *(str(here / source) for source in SOURCES), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=LONGEST)
+        Path(temporary).replace(place / name)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+    return place / name
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: machine and instruction sets."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return platform.machine() + line
+    return f"{platform.machine()} {platform.processor()} {platform.node()}"
+
+
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=LONGEST).stdout
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, whole, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    loaded.specdec_linear.argtypes = [pointer] * 4 + [whole] * 3 + [small] * 3
+    loaded.specdec_linear.restype = small
+    loaded.specdec_attention.argtypes = [pointer]
+    loaded.specdec_attention.restype = small
+    loaded.specdec_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float, small]
+    loaded.specdec_norm.restype = None
+    loaded.specdec_gate.argtypes = [pointer] * 2 + [whole] * 2 + [small] * 2
+    loaded.specdec_gate.restype = None
+    loaded.specdec_place.argtypes = [pointer]
+    loaded.specdec_place.restype = None
+    return loaded

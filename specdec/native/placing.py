@@ -1,0 +1,58 @@
+"""One pass over a layer's new heads: queries and keys are turned to their positions, keys and values stored.
+
+Does what `rotate` and `KVCache.write` do, rounding where they round, without the copies between.
+Dimension legend: B requests, N rows, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from specdec.native.elementwise import applies
+from specdec.native.library import library
+
+HALF = 16  # what half a head must divide by: the widest vector
+
+
+class _Call(ctypes.Structure):
+    """`Placing` of elementwise.c, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("heads", "cos", "sin", "keys", "values", "slots", "indices")),
+        *((name, ctypes.c_long) for name in ("batch", "rows", "heads_count", "kv_heads", "size", "capacity")),
+        ("type", ctypes.c_int),
+    )
+
+
+def can_place(heads: Tensor, plane: Tensor) -> bool:
+    """Is there a kernel for these heads [B, N, .., D] and this plane of a cache?"""
+    return (
+        heads.dtype == plane.dtype
+        and applies(heads, heads.shape[-1] // 2)
+        and heads.shape[-1] % (2 * HALF) == 0
+    )
+
+
+def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor, indices: Tensor) -> None:
+    """Turn in place and store.
+
+    Args:
+        heads: [B, N, query heads + 2 * KV heads, D], contiguous: queries, then keys, then values.
+        cos, sin: [B, N, 1, D], the sine of the first half negated.
+        plane: [2, slots, KV heads, length, D], one layer of a cache.
+        slots: int64 [B]; indices: int64 [B, N] rows to store at.
+    """
+    kernels = library()
+    assert kernels is not None and heads.is_contiguous(), "no kernels, or heads in pieces"
+    b, n, count, size = heads.shape
+    kv_heads = plane.shape[2]
+    cos, sin, slots, indices = (x.contiguous() for x in (cos, sin, slots, indices))
+    call = _Call(
+        heads=heads.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(), keys=plane[0].data_ptr(),
+        values=plane[1].data_ptr(), slots=slots.data_ptr(), indices=indices.data_ptr(), batch=b, rows=n,
+        heads_count=count - 2 * kv_heads, kv_heads=kv_heads, size=size, capacity=plane.shape[3],
+        type=heads.element_size() == 2,
+    )  # fmt: skip
+    kernels.specdec_place(ctypes.byref(call))

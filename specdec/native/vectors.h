@@ -1,0 +1,79 @@
+/* One register of floats in the compiler's own vector types: eight with AVX2, sixteen with AVX-512, four elsewhere. */
+#ifndef SPECDEC_VECTORS_H
+#define SPECDEC_VECTORS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 12 /* rows whose sums fit the registers beside one panel */
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 6
+#else
+#define LANES 4
+#define ROWS 4
+#endif
+#define PANEL 16 /* outputs side by side in packed weights, and what a head's size must divide by */
+#define PARTS (PANEL / LANES)
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* CALL(i, rows) over `count` rows, as many at a time as fit the registers; `rows` is a constant each time. */
+#define IN_ROWS(count, CALL)                                                                                           \
+    do {                                                                                                               \
+        long i = 0;                                                                                                    \
+        for (; i + ROWS <= (count); i += ROWS) CALL(i, ROWS);                                                          \
+        if (ROWS > 6 && i + 6 <= (count)) {                                                                            \
+            CALL(i, 6);                                                                                                \
+            i += 6;                                                                                                    \
+        }                                                                                                              \
+        switch ((count) - i) {                                                                                         \
+        case 5: CALL(i, 5); break;                                                                                     \
+        case 4: CALL(i, 4); break;                                                                                     \
+        case 3: CALL(i, 3); break;                                                                                     \
+        case 2: CALL(i, 2); break;                                                                                     \
+        case 1: CALL(i, 1); break;                                                                                     \
+        }                                                                                                              \
+    } while (0)
+
+INLINE floats load(const void *from, long at, int type) {
+    if (type == FLOAT32) return *(const floats *)((const float *)from + at);
+    words bits = __builtin_convertvector(*(const halves *)((const uint16_t *)from + at), words);
+    return (floats)(bits << 16);
+}
+
+/* bfloat16: to nearest, ties to even, as torch rounds; what is not a number stays so. */
+INLINE void store(void *to, long at, int type, floats x) {
+    if (type == FLOAT32) {
+        *(floats *)((float *)to + at) = x;
+        return;
+    }
+    words bits = (words)x, odd = (words)(x != x);
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *(halves *)((uint16_t *)to + at) = __builtin_convertvector((rounded & ~odd) | (odd & 0x7fc0), halves);
+}
+
+/* Scratch of this thread that lasts from call to call; NULL without memory. */
+static inline float *scratch(size_t count) {
+    static __thread float *room;
+    static __thread size_t have;
+    if (count > have) {
+        free(room);
+        room = aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+        have = room ? count : 0;
+    }
+    return room;
+}
+
+#endif
