@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from specdec.head.checkpoint import load_head
 from specdec.head.model import DraftHead
+from specdec.target.bridge import cache_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +135,10 @@ def rounds_of(text: list[int], guesses: list[list[int]], prompt: int, max_tokens
 
 def _greedy(model: Any, prompt: Sequence[int], tokens: int) -> Tensor:
     """Prompt and continuation int64 [T], by a cached loop: the model's own stop tokens do not end it."""
-    text, step, cache = list(prompt), torch.tensor([list(prompt)]), None
+    text, step = list(prompt), torch.tensor([list(prompt)])
+    cache = {cache_argument(model): DynamicCache()}  # grows in place
     for _ in range(tokens):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=step, use_cache=True, **cache)
         text.append(int(out.logits[0, -1].argmax()))
         step = torch.tensor([text[-1:]])
     return torch.tensor(text)

@@ -61,7 +61,8 @@ class HFTarget:
         self.model, self.info, self.readout = model, info, readout
         self.attention = ReferenceAttention()
         self._parts = parts_of(model)
-        self._cache = bridge.spec_cache(info.layers)  # stateless: rows live in the engine's cache
+        # stateless: rows live in the engine's cache
+        self._cache = {bridge.cache_argument(self._parts.base): bridge.spec_cache(info.layers)}
 
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """See `Target.forward`."""
@@ -69,7 +70,7 @@ class HFTarget:
         running = bridge.Pass(rows, cache, self.attention)
         with bridge.flying(running), _tapping(self._parts.layers, taps, tapped):
             final = self._parts.base(
-                input_ids=tokens, position_ids=rows.positions, past_key_values=self._cache, use_cache=True
+                input_ids=tokens, position_ids=rows.positions, use_cache=True, **self._cache
             ).last_hidden_state
         features = torch.cat([tapped[k].to(final.device) for k in taps], dim=-1) if taps else final[..., :0]
         return States(final, features)

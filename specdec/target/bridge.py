@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -158,6 +159,11 @@ class SpecLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
 def spec_cache(layers: int) -> Cache:
     """A stateless transformers cache of that many layers."""
     return Cache(layers=[SpecLayer(layer) for layer in range(layers)])
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache: transformers 5.24 renamed `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def register() -> None:
