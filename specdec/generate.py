@@ -96,7 +96,9 @@ class SpecDecoder:
         """
         options = options or Options()
         device = _usable(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        loaded = load_target(target, dtype=options.dtype, device=device, prefer=options.backend)
+        loaded = load_target(
+            target, dtype=options.dtype, device=device, prefer=options.backend, device_map=options.device_map
+        )
         return cls(loaded, make_engine(loaded.target, head, options))
 
     def with_drafter(self, head: str | Path | None, options: Options | None = None) -> SpecDecoder:

@@ -13,10 +13,12 @@ import torch
 from specdec import Answer, Options, Sampling, SpecdecError, SpecDecoder
 from specdec.drafting.protocol import Shape
 from specdec.engine.build import parse_tree
-from specdec.errors import MismatchError, RequestError
+from specdec.errors import MismatchError, RequestError, UnsupportedError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
 from specdec.head.model import DraftHead
+from specdec.target.load import check_room
+from specdec.target.loading import resolve
 
 OPTIONS = Options(dtype=torch.float32, device="cpu", slots=2, tree=Shape(3, 4, 12))
 SHORT = Sampling(max_tokens=12, ignore_eos=True)
@@ -180,6 +182,25 @@ def _fields(config: HeadConfig) -> dict[str, object]:
 def test_sizes_and_devices_that_cannot_be_are_refused(model: Path, options: Options, told: str) -> None:
     with pytest.raises(SpecdecError, match=told):
         SpecDecoder.from_pretrained(str(model), "none", options)
+
+
+def test_sizes_follow_the_memory(model: Path) -> None:
+    """A tiny Llama's token is 1 KiB and a slot's logits 96 KiB: half a MiB holds one slot of 320 tokens."""
+    tight = SpecDecoder.from_pretrained(
+        str(model), "none", Options(torch.float32, memory=2**19)
+    ).engine.limits
+    assert (tight.slots, tight.length) == (1, 320)
+    with pytest.raises(UnsupportedError, match=r"2 x 512.*Lower slots to 1 or lower max_length"):
+        SpecDecoder.from_pretrained(
+            str(model), "none", Options(torch.float32, slots=2, max_length=512, memory=5 * 2**18)
+        )
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(model: Path) -> None:
+    files = resolve(str(model))
+    check_room(files, torch.float32, torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match=r"GiB for weights in float32, 0\.00 GiB are free"):
+        check_room(files, torch.float32, torch.device("cpu"), free=1000)
 
 
 def test_trees_are_read_from_text() -> None:

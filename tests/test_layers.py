@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "places"),
-    ("tree", "sampling", "accept", "cache", "stats", "native"),
+    ("tree", "sampling", "accept", "cache", "stats", "native", "memory"),
     ("layers", "attention"),
     ("target", "head"),
     ("drafting",),

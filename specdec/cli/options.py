@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from typing import TYPE_CHECKING
 
 from specdec.errors import SpecdecError
@@ -11,11 +13,12 @@ if TYPE_CHECKING:
     from specdec.sampling import Sampling
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
 
 
 def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
-    """TARGET, --dtype, --device, --max-length, --backend and, with `draft`, --draft, --tree, --taps."""
+    """TARGET, what says how and where it runs, and, with `draft`, --draft, --tree, --taps."""
     parser.add_argument(
         "target",
         nargs="?",
@@ -26,7 +29,19 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         "--dtype", default="auto", choices=DTYPES, help="weights; auto measures what is fastest"
     )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--max-length", type=int, default=None, help="context length")
+    parser.add_argument(
+        "--device-map",
+        default=None,
+        metavar="MAP",
+        help="spread a large target over devices: auto, balanced, sequential, or JSON such as "
+        '\'{"model.embed_tokens": 0, "model.layers": 1, ...}\' (accelerate\'s)',
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=None, help="context length (default: what fits, at most 4096)"
+    )
+    parser.add_argument(
+        "--memory", type=float, default=None, metavar="GIB", help="for KV caches (default: what is free)"
+    )
     parser.add_argument(
         "--backend",
         default="auto",
@@ -86,6 +101,31 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
     given = {name: getattr(args, name) for name in SETTINGS if name in args}
     return Sampling(**given, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
+
+
+def device_map_of(text: str | None) -> str | dict[str, int | str] | None:
+    """accelerate's word or a JSON object of module -> device.
+
+    >>> device_map_of('{"lm_head": 1}')
+    {'lm_head': 1}
+    """
+    if text is None or text in DEVICE_MAPS:
+        return text
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(place, int | str) for place in given.values()):
+        raise SpecdecError("is no placement", field="device_map", value=text,
+                           allowed=", ".join(DEVICE_MAPS) + " or a JSON object of module: device")  # fmt: skip
+    return given
+
+
+def memory_of(gib: float | None) -> int | None:
+    """GiB -> bytes."""
+    if gib is not None and not 0 < gib < math.inf:
+        raise SpecdecError("is no amount of memory", field="memory", value=gib, allowed="GiB above 0")
+    return None if gib is None else int(gib * 2**30)
 
 
 def taps_of(text: str | None) -> tuple[int, ...] | None:

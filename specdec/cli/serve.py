@@ -10,6 +10,7 @@ from specdec.cli.options import add_model, taps_of
 from specdec.errors import SpecdecError, UnsupportedError
 
 KEY_VARIABLE = "SPECDEC_API_KEY"
+MOST_SLOTS = 8  # that run at once unasked
 EXAMPLES = f"""\
 examples:
   specdec serve
@@ -29,7 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--plain", action="store_true", help="the baseline: no drafting")
-    parser.add_argument("--slots", type=int, default=8, help="requests that run at once (default: 8)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=None,
+        help=f"requests that run at once (default: what fits, at most {MOST_SLOTS})",
+    )
     parser.add_argument(
         "--queue", type=int, default=256, help="requests that may wait beyond them (default: 256)"
     )
@@ -59,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import options_of
     from specdec.generate import SpecDecoder
 
-    if args.slots < 1:
+    if args.slots is not None and args.slots < 1:
         raise SpecdecError("is out of range", field="slots", value=args.slots, allowed="1 or more")
     limits = ServerLimits(
         queue=args.queue, request_seconds=args.request_timeout, drain_seconds=args.drain_timeout
     )
     listener = bind(args.host, args.port)
     with listener:
-        options = options_of(args, taps=taps_of(args.taps), slots=args.slots)
+        options = options_of(args, taps=taps_of(args.taps), slots=args.slots, most_slots=MOST_SLOTS)
         draft = "none" if args.plain else args.draft
         decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         engine = decoder.engine
         listener.listen()  # whoever reads the address below and comes at once waits instead of being refused
         print(  # noqa: T201 - the face speaks here
-            f"{name} on {engine.target.info.device}, drafter {engine.drafter.name}, {args.slots} slots of "
+            f"{name} on {engine.target.info.device}, drafter {engine.drafter.name}, {engine.limits.slots} slots of "
             f"{engine.limits.length} tokens: http://{host}:{port}",
             file=sys.stderr,
             flush=True,

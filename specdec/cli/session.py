@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from specdec.cli.options import device_map_of, memory_of
 from specdec.engine.build import Options, parse_tree
 from specdec.engine.request import Piece
 from specdec.generate import Answer, SpecDecoder, answer_of
@@ -16,8 +17,14 @@ from specdec.sampling import Sampling
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
-def options_of(args: argparse.Namespace, *, taps: tuple[int, ...] | None = None, slots: int = 1) -> Options:
-    """Library options from the shared flags."""
+def options_of(
+    args: argparse.Namespace,
+    *,
+    taps: tuple[int, ...] | None = None,
+    slots: int | None = 1,
+    most_slots: int = 1,
+) -> Options:
+    """Library options from the shared flags; without slots, as many as fit up to `most_slots`."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     tree = parse_tree(getattr(args, "tree", "auto"))
     return Options(
@@ -28,6 +35,9 @@ def options_of(args: argparse.Namespace, *, taps: tuple[int, ...] | None = None,
         tree=tree,
         backend=args.backend,
         taps=taps,
+        most_slots=most_slots,
+        memory=memory_of(args.memory),
+        device_map=device_map_of(args.device_map),
     )
 
 

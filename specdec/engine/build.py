@@ -23,12 +23,15 @@ from specdec.engine.budget import Budget
 from specdec.engine.costs import remembered
 from specdec.engine.engine import Engine, Limits
 from specdec.engine.graphs import graphed
+from specdec.engine.memory import Needs, Wish, plan
 from specdec.errors import SpecdecError
 from specdec.head.checkpoint import load_head
 from specdec.head.match import check_match
+from specdec.head.model import DraftHead
 from specdec.head.pretrained import shipped_head
+from specdec.memory import free_bytes
 from specdec.places import cache_root
-from specdec.target.load import LeanTarget
+from specdec.target.load import DeviceMap, LeanTarget
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
 
@@ -48,62 +51,67 @@ class Options:
     Attributes:
         dtype: of the weights; None takes what a short measurement finds fastest on a CPU, the config's on a GPU.
         device: where to run; None takes CUDA when there is one.
-        slots: requests at once.
-        max_length: context length; None takes what the target was made for, at most 4096.
+        slots: requests at once; None takes as many as fit, at most `most_slots`.
+        max_length: context length; None takes what the target was made for and what fits, at most 4096.
         tree: a fixed tree shape; None lets the measured budget choose.
         backend: "lean", "adapter" or "auto".
         taps: of a head whose checkpoint does not name them.
+        most_slots: see `slots`.
+        memory: bytes that the engine may count on; None asks the device what is free once weights are loaded.
+        device_map: accelerate's placement of a target over several devices ("auto" or module -> device), instead of
+            `device`; the adapter then does the work, and the head lives with the last layer.
     """
 
     dtype: torch.dtype | None = None
     device: str | None = None
-    slots: int = 4
+    slots: int | None = None
     max_length: int | None = None
     tree: Shape | None = None
     backend: Literal["auto", "lean", "adapter"] = "auto"
     taps: tuple[int, ...] | None = None
+    most_slots: int = 4
+    memory: int | None = None
+    device_map: DeviceMap | None = None
 
 
 def make_engine(target: Target, head: str | Path | None, options: Options) -> Engine:
-    """An engine over a loaded target: drafter, cost table, budget."""
-    length = min(target.info.max_length, 4096) if options.max_length is None else options.max_length
-    if length > target.info.max_length:
-        raise SpecdecError("is longer than the target was made for", field="max_length", value=length,
-                           allowed=f"at most {target.info.max_length}")  # fmt: skip
-    if length < 2 or options.slots < 1:
-        raise SpecdecError("leave no room for a request", field="max_length, slots", value=(length, options.slots),
-                           allowed="at least 2 tokens and 1 slot")  # fmt: skip
+    """An engine over a loaded target: drafter, sizes that fit, cost table, budget."""
+    words = drafter_words(target, head)
+    weights = _load_head(target, words, options)
+    free = free_bytes(target.info.device) if options.memory is None else options.memory
+    wish = Wish(options.slots, options.max_length, options.most_slots)
+    limits = plan(Needs.of(target.info, None if weights is None else weights.config), wish, free)
     if target.info.device.type == "cuda" and isinstance(target, LeanTarget):
         target, refused = graphed(target)
         if refused is not None:
             warnings.warn(f"forwards are not captured in CUDA graphs: {refused}", stacklevel=2)
-    limits = Limits(slots=options.slots, length=length)
-    drafter = make_drafter(target, head, options, limits)
+    drafter = make_drafter(target, words, weights, limits)
     return Engine(target, drafter, _budget(target, drafter, options, limits), limits)
 
 
-def make_drafter(target: Target, head: str | Path | None, options: Options, limits: Limits) -> Drafter:
+def drafter_words(target: Target, head: str | Path | None) -> str:
+    """What "auto" and nothing stand for: the shipped head with lookups on a CPU, alone on a GPU (lookups work on the
+    host), and lookups alone where none ships; "none" for nothing. Others stay as they are."""
+    words = str(head or "none")
+    if words != "auto":
+        return words
+    lookups = target.info.device.type == "cpu"
+    return ("head+ngram" if lookups else "head") if shipped_head(target.info.name) else "ngram"
+
+
+def make_drafter(target: Target, words: str, weights: DraftHead | None, limits: Limits) -> Drafter:
     """Who drafts.
 
     Args:
-        head: "none"; "ngram"; "head", the one shipped for the target; or a head's directory. With "+ngram" behind it,
-            a head's trees are merged with lookups. "auto" is the shipped head with lookups on a CPU, alone on a GPU
-            (lookups work on the host), and lookups alone where none ships.
-
-    Raises:
-        SpecdecError: no such head; MismatchError: a head of another target.
+        words: "none"; "ngram"; else a head drafts, and with "+ngram" behind, its trees are merged with lookups.
+        weights: of that head, on the target's device.
     """
-    words = str(head or "none")
-    if words == "auto":
-        lookups = target.info.device.type == "cpu"
-        words = ("head+ngram" if lookups else "head") if shipped_head(target.info.name) else "ngram"
-    if words == "none":
-        return NoDrafter()
-    if words == "ngram":
-        return NgramDrafter()
-    name = words.removesuffix(LOOKUPS)
-    drafter = _head_drafter(target, _shipped(target) if name == "head" else Path(name), options, limits)
-    return drafter if name == words else MixedDrafter(drafter)
+    if weights is None:
+        return NoDrafter() if words == "none" else NgramDrafter()
+    config = weights.config
+    choice = choose_attention(weights.cache_shape(), config.heads, (config.window,))
+    drafter = EagleDrafter(weights, target.embed, choice.attention, limits.slots, limits.length)
+    return MixedDrafter(drafter) if words.endswith(LOOKUPS) else drafter
 
 
 def _shipped(target: Target) -> Path:
@@ -114,17 +122,25 @@ def _shipped(target: Target) -> Path:
     return path
 
 
-def _head_drafter(target: Target, path: Path, options: Options, limits: Limits) -> EagleDrafter:
-    """A draft head, checked against the target."""
-    info = target.info
+def _load_head(target: Target, words: str, options: Options) -> DraftHead | None:
+    """The draft head that the words name, checked against the target and ready; None where none drafts.
+
+    Args:
+        words: "none" or "ngram" for none; "head" for the shipped one, or a directory; "+ngram" may stand behind.
+
+    Raises:
+        SpecdecError: no such head; MismatchError: a head of another target.
+    """
+    if words in ("none", "ngram"):
+        return None
+    name, info = words.removesuffix(LOOKUPS), target.info
+    path = _shipped(target) if name == "head" else Path(name)
     weights = load_head(
         path, taps=options.taps, target_layers=info.layers, dtype=info.dtype, device=info.device
     )
     check_match(weights.config, info)
     weights.freeze()
-    config = weights.config
-    choice = choose_attention(weights.cache_shape(), config.heads, (config.window,))
-    return EagleDrafter(weights, target.embed, choice.attention, limits.slots, limits.length)
+    return weights
 
 
 def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) -> Budget:

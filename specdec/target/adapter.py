@@ -209,8 +209,8 @@ def _probe(model: PreTrainedModel, tokens: Tensor) -> bridge.Probe:
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     try:
         with bridge.flying(probe):
-            cache = bridge.spec_cache(layers)
-            base(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = {bridge.cache_argument(base): bridge.spec_cache(layers)}
+            base(input_ids=tokens, position_ids=positions, use_cache=True, **cache)
     except SpecdecError as error:
         raise UnsupportedError(f"cannot verify trees: {error}", field=architecture) from error
     except Exception as error:  # whatever a foreign model trips over is a reason to refuse it, by name
@@ -250,6 +250,7 @@ def _info(model: PreTrainedModel, probe: bridge.Probe, name: str, stop_ids: tupl
         device=device,
         fingerprint=fingerprint(weight, layers),
         cache=CacheShape(layers, max(probe.heads.values()), max(probe.widths.values()), model.dtype, device),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
 
 

@@ -20,11 +20,13 @@ from specdec.attention.protocol import Rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.errors import CheckpointError, UnsupportedError
+from specdec.memory import free_bytes, gib, tensor_bytes
 from specdec.target.fingerprint import fingerprint
 from specdec.target.lean import LeanConfig, LeanDecoder
 from specdec.target.loading import (
     TargetFiles,
     load_config,
+    load_state,
     load_tokenizer,
     resolve,
     stop_token_ids,
@@ -33,7 +35,7 @@ from specdec.target.precision import fastest_dtype
 from specdec.target.protocol import States, Target, TargetInfo
 from specdec.target.selftest import self_test
 from specdec.target.source import Source
-from specdec.target.weights import assemble, check_names
+from specdec.target.weights import assemble, check_names, lean_shapes
 
 Prefer = Literal["auto", "lean", "adapter"]
 DtypeChoice = torch.dtype | Literal["auto"] | None
@@ -121,7 +123,31 @@ def load_weights(
         placement: {"": device}, or accelerate's over several devices.
     """
     config = load_config(files.directory)
+    if isinstance(placement, Mapping) and set(placement) == {""} and not config.get("quantization_config"):
+        check_room(
+            files, dtype, torch.device(placement[""])
+        )  # accelerate plans for several devices by itself
     return _lean(files, config, dtype, placement, prefer) or _adapter(files, dtype, placement)
+
+
+def check_room(files: TargetFiles, dtype: torch.dtype, device: torch.device, free: int | None = None) -> None:
+    """Before minutes of loading: do the weights fit at all?
+
+    Args:
+        free: bytes; None asks the device.
+
+    Raises:
+        UnsupportedError: they do not.
+    """
+    free = free_bytes(device) if free is None else free
+    floats = [tuple(t.shape) for t in load_state(files.directory).values() if t.is_floating_point()]
+    needed = tensor_bytes(floats, dtype)
+    if free is not None and needed > free:
+        raise UnsupportedError(
+            f"is too small for this target: needs {gib(needed)} for weights in {str(dtype).removeprefix('torch.')}, "
+            f"{gib(free)} are free", field="device", value=str(device),
+            remedy="Take a smaller dtype or target, or spread it with device_map=\"auto\".",
+        )  # fmt: skip
 
 
 def _adapter(files: TargetFiles, dtype: torch.dtype, placement: DeviceMap) -> Target:
@@ -182,6 +208,7 @@ def _info(files: TargetFiles, config: Config, sizes: LeanConfig, decoder: LeanDe
         device=decoder.embedding.device,
         fingerprint=fingerprint(output_matrix(decoder), sizes.layers),
         cache=decoder.cache_shape(),
+        weight_bytes=tensor_bytes(lean_shapes(sizes), decoder.embedding.dtype),
     )
 
 

@@ -30,6 +30,7 @@ class TargetInfo:
         dtype, device: of its weights.
         fingerprint: hash of sizes and of the output embedding; a head stores the one it was trained on.
         cache: what a KV cache for it looks like.
+        weight_bytes: of all its parameters.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TargetInfo:
     device: torch.device
     fingerprint: str
     cache: CacheShape
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,11 @@ def _layer(c: LeanConfig, layer: int) -> Layout:
     return {new + name: pieces for name, pieces in wanted.items()}
 
 
+def lean_shapes(config: LeanConfig) -> list[tuple[int, ...]]:
+    """Shapes of all tensors that the decoder is made of."""
+    return [piece.shape for pieces in layout(config).values() for piece in pieces]
+
+
 def check_names(shapes: Mapping[str, tuple[int, ...]], config: LeanConfig) -> None:
     """Exactly the tensors of `layout`, each of its shape.
 

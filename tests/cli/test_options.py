@@ -13,7 +13,7 @@ from specdec.cli.main import VERBS, parser
 from specdec.cli.options import SETTINGS, sampling_of
 from specdec.sampling import Sampling
 
-MODEL = {"target", "--dtype", "--device", "--max-length", "--backend"}
+MODEL = {"target", "--dtype", "--device", "--device-map", "--max-length", "--memory", "--backend"}
 DRAFT = {"--draft", "--tree", "--taps"}
 SAMPLING = {"--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--max-tokens", "--seed",
             "--stop", "--ignore-eos"}  # fmt: skip
