@@ -3,6 +3,8 @@
 Slower per layer than the lean decoder, but general, and the oracle that tests it. Nothing about a family is
 taken on trust: sizes are probed, logits are compared with the model's own at load, trees by the self-test.
 Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
+
+A target spread over several devices keeps its rows on one, with the last layer: others send theirs there to attend.
 """
 
 from __future__ import annotations
@@ -71,13 +73,13 @@ class HFTarget:
         with bridge.flying(running), _tapping(self._parts.layers, taps, tapped):
             final = self._parts.base(
                 input_ids=tokens, position_ids=rows.positions, use_cache=True, **self._cache
-            ).last_hidden_state
+            ).last_hidden_state.to(self.info.device)
         features = torch.cat([tapped[k].to(final.device) for k in taps], dim=-1) if taps else final[..., :0]
         return States(final, features)
 
     def logits(self, final: Tensor) -> Tensor:
         """[..., H] -> [..., V], soft caps and scales of the family applied."""
-        return self.readout(self._parts.head(final))
+        return self.readout(self._parts.head(final)).to(self.info.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings [..., H], before any scaling."""
@@ -92,7 +94,8 @@ class HFTarget:
 
     def final_norm(self) -> tuple[Tensor, float]:
         """Weight [H] and eps of the norm before the LM head."""
-        return anatomy.final_norm(self.model)
+        weight, eps = anatomy.final_norm(self.model)
+        return weight.to(self.info.device), eps
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
@@ -102,7 +105,25 @@ def parts_of(model: PreTrainedModel) -> Parts:
     embedding = model.get_input_embeddings().weight
     if head is None or not isinstance(embedding, Tensor):
         raise UnsupportedError("has no LM head or token embedding", field=anatomy.architecture(model))
+    away = {
+        "token embedding": embedding,
+        "LM head": head.weight,
+        "final norm": anatomy.final_norm_weight(model),
+    }
+    if offloaded := [name for name, weight in away.items() if isinstance(weight, Tensor) and weight.is_meta]:
+        raise UnsupportedError(
+            f"leaves the {' and the '.join(offloaded)} without a device: only decoder layers may be offloaded",
+            field="device_map", remedy="Give a map that keeps them on a device, or take a smaller dtype or target.",
+        )  # fmt: skip
     return Parts(model.base_model, layers, embedding, head)
+
+
+def home(parts: Parts) -> torch.device:
+    """Where the engine's tensors live: with the last layer, or with the LM head where that layer is offloaded."""
+    last = next((p.device for p in parts.layers[-1].parameters() if not p.is_meta), None)
+    weight = parts.head.weight
+    assert isinstance(weight, Tensor)
+    return weight.device if last is None else last
 
 
 @contextlib.contextmanager
@@ -237,7 +258,7 @@ def _info(model: PreTrainedModel, probe: bridge.Probe, name: str, stop_ids: tupl
     config, parts = anatomy.text_config(model), parts_of(model)
     weight = parts.head.weight
     assert isinstance(weight, Tensor)
-    layers, device = len(parts.layers), weight.device
+    layers, device = len(parts.layers), home(parts)
     return TargetInfo(
         name=name,
         architecture=anatomy.architecture(model),

@@ -69,23 +69,34 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return owner, layers
 
 
+def final_norm_weight(model: PreTrainedModel) -> Tensor | None:
+    """Of the norm before the LM head, as it is stored; None where there is none to be found."""
+    norm = _final_norm(model)
+    weight = None if norm is None else norm.weight
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _final_norm(model: PreTrainedModel) -> nn.Module | None:
+    owner, layers = decoder_layers(model)
+    hidden = int(text_config(model).hidden_size)
+    norms = [m for m in owner.children() if m is not layers and _is_norm(m, hidden)]
+    return norms[-1] if norms else None
+
+
 def final_norm(model: PreTrainedModel) -> tuple[Tensor, float]:
     """Effective weight [H] (Gemma stores it less one) and eps of the norm before the LM head.
 
     Raises:
         UnsupportedError: when there is none to be found.
     """
-    owner, layers = decoder_layers(model)
-    hidden = int(text_config(model).hidden_size)
-    norms = [m for m in owner.children() if m is not layers and _is_norm(m, hidden)]
-    if not norms:
+    norm = _final_norm(model)
+    if norm is None:
         raise UnsupportedError("no final norm found", field=architecture(model))
-    norm = norms[-1]
     eps = next((float(getattr(norm, name)) for name in EPS_NAMES if hasattr(norm, name)), 1e-6)
     assert isinstance(norm.weight, Tensor)
     if isinstance(norm, nn.LayerNorm):
         return norm.weight.detach(), eps
-    ones = torch.ones(1, hidden, dtype=norm.weight.dtype, device=norm.weight.device)
+    ones = torch.ones(1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
     with torch.inference_mode():
         weight = norm(ones)[0] * (1 + eps) ** 0.5
     return weight.clone(), eps

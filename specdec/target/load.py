@@ -109,6 +109,8 @@ def load_target(name: str, *, dtype: DtypeChoice = None, device: str | torch.dev
     """
     files = resolve(name)
     tokenizer = load_tokenizer(files.directory)  # first, so that a lack of it is told in seconds
+    if isinstance(device_map, Mapping):
+        _check_devices(device_map)
     kind = _dtype(dtype, load_config(files.directory), torch.device(device))
     target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
     return LoadedTarget(target, tokenizer, files)
@@ -128,6 +130,16 @@ def load_weights(
             files, dtype, torch.device(placement[""])
         )  # accelerate plans for several devices by itself
     return _lean(files, config, dtype, placement, prefer) or _adapter(files, dtype, placement)
+
+
+def _check_devices(placement: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError naming the module whose device this machine does not have."""
+    for module, place in placement.items():
+        try:
+            torch.empty(0, device="cpu" if place == "disk" else place)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise UnsupportedError(f"cannot be used here: {str(error).splitlines()[0]}",
+                                   field=f"device_map[{module!r}]", value=place) from None  # fmt: skip
 
 
 def check_room(files: TargetFiles, dtype: torch.dtype, device: torch.device, free: int | None = None) -> None:
