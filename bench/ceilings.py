@@ -1,12 +1,13 @@
-"""What a CUDA device can do at most, and how long a captured call takes on it.
+"""What a device can do at most, and how long a call takes on it.
 
-Knows nothing of attention or models. Every figure is a median over replays of a CUDA graph or of one large
-launch, timed by device events.
+Knows nothing of attention or models. On CUDA every figure is a median over replays of a graph or of one large launch,
+timed by device events; on a CPU, over plain calls: enough to try a bench there, not to judge by.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +32,24 @@ class Ceiling:
         return max(moved / self.bytes, done / self.operations)
 
 
-def ceilings() -> Ceiling:
-    """Copy bandwidth and bf16 matrix rate of the current CUDA device, on random data."""
-    source = torch.randn(COPIED, device="cuda", dtype=torch.bfloat16)
+def ceilings(device: str = "cuda", copied: int = COPIED, side: int = SIDE) -> Ceiling:
+    """Copy bandwidth and bf16 matrix rate of a device, on random data.
+
+    Args:
+        copied: elements; side: of the matrices, 2 x side^2 <= copied.
+    """
+    source = torch.randn(copied, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
-    left, right = source[: SIDE**2].view(SIDE, SIDE), source[SIDE**2 : 2 * SIDE**2].view(SIDE, SIDE)
-    return Ceiling(copied, 2 * SIDE**3 / median_seconds(lambda: left @ right))
+    moved = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+    left, right = source[: side**2].view(side, side), source[side**2 : 2 * side**2].view(side, side)
+    return Ceiling(moved, 2 * side**3 / median_seconds(lambda: left @ right, device))
+
+
+def layer_seconds(call: Callable[[int], Any], layers: int, device: torch.device) -> float:
+    """Median seconds of one of `layers` calls: captured in one graph on CUDA, plain elsewhere."""
+    if device.type == "cuda":
+        return graph_seconds(call, layers)
+    return median_seconds(lambda: [call(layer) for layer in range(layers)], device.type) / layers
 
 
 def graph_seconds(call: Callable[[int], Any], layers: int) -> float:
@@ -60,16 +72,24 @@ def graph_seconds(call: Callable[[int], Any], layers: int) -> float:
     return median_seconds(graph.replay) / layers
 
 
-def median_seconds(call: Callable[[], Any]) -> float:
-    """Median device seconds of a call, after warm-ups."""
+def median_seconds(call: Callable[[], Any], device: str = "cuda") -> float:
+    """Median seconds of a call, after warm-ups."""
+    timed = _device_seconds if device.startswith("cuda") else _host_seconds
     for _ in range(WARM_UPS):
         call()
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(float(start.elapsed_time(stop)) / 1e3)
-    return statistics.median(times)
+    return statistics.median(timed(call) for _ in range(REPLAYS))
+
+
+def _device_seconds(call: Callable[[], Any]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def _host_seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.ceilings import Ceiling, ceilings, graph_seconds
-from bench.record import RESULTS, append
+from bench.ceilings import Ceiling, ceilings, layer_seconds
+from bench.record import append
 from specdec import tree as trees
 from specdec.attention.flash import FlashAttention
 from specdec.attention.protocol import TreeAttention, tree_rows
@@ -203,16 +203,19 @@ def relative_error(problem: Problem, out: Tensor) -> float:
     return worst
 
 
-def measure(point: Point, ceiling: Ceiling, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per backend; a backend that cannot run leaves its reason."""
-    problem = make_problem(point, torch.device("cuda"))
+def measure(
+    point: Point, ceiling: Ceiling, args: argparse.Namespace, device: torch.device | None = None
+) -> list[dict[str, Any]]:
+    """One row per backend; a backend that cannot run leaves its reason. On a CPU, times are of plain calls."""
+    device = torch.device("cuda") if device is None else device
+    problem = make_problem(point, device)
     rows = []
     for name, build in backends(point, args).items():
         row = {"kind": "attention", **asdict(point), "backend": name, "floor_us": floor(point, ceiling) * 1e6}
         try:
             attend = build(problem)
             row["relative_error"] = relative_error(problem, attend(0))
-            row["us"] = graph_seconds(attend, problem.cache.kv.shape[0]) * 1e6
+            row["us"] = layer_seconds(attend, problem.cache.kv.shape[0], device) * 1e6
             row["wrong"] = not row["relative_error"] < TOLERANCE
         except (SpecdecError, RuntimeError, NotImplementedError) as error:
             row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -282,7 +285,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["triton", "flash", "flex", "sdpa"])
     parser.add_argument("--splits", nargs="*", type=int, default=[], help="also triton with these splits")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop before the next point after this")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of kernels.jsonl")
+    parser.add_argument("--results", type=Path, default=None, help="folder of kernels.jsonl")
     return parser.parse_args(argv)
 
 

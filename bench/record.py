@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+FOLDER_VARIABLE = "SPECDEC_RESULTS"
 PACKAGES = (
     "specdec",
     "torch",
@@ -72,8 +74,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def append(name: str, rows: Sequence[Mapping[str, Any]], *, results: Path = RESULTS) -> Path:
-    """Append rows to `results/<name>.jsonl`, each with the environment; returns the file."""
+def append(name: str, rows: Sequence[Mapping[str, Any]], *, results: Path | None = None) -> Path:
+    """Append rows to `results/<name>.jsonl`, each with the environment; returns the file.
+
+    Args:
+        results: folder; None takes $SPECDEC_RESULTS, else the one beside this file.
+    """
+    results = Path(os.environ.get(FOLDER_VARIABLE) or RESULTS) if results is None else results
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.jsonl"
     env = environment()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.record import append, digest
 from bench.systems import Run, System, our_systems, transformers_systems
 from specdec.cli.prompts import Dialogue, read_dialogues
@@ -78,7 +80,11 @@ def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain
                 base = [_median_speed(answer) for answer in runs[other]]
                 row[f"over_{other}"], row[f"over_{other}_ci"] = _interval(speed, base, ratio=True)
                 row[f"same_tokens_as_{other}"] = _same(answers, runs[other])
-        if name != baseline and (ours := _decode(answers)) and (base := _decode(runs[baseline])):
+        if ours := _decode(answers):
+            row["decode_tokens_per_second"], row["decode_tokens_per_second_ci"] = _interval(
+                ours, ours, ratio=False
+            )
+        if name != baseline and ours and (base := _decode(runs[baseline])):
             row[f"decode_over_{baseline}"], row[f"decode_over_{baseline}_ci"] = _interval(
                 ours, base, ratio=True
             )
@@ -167,6 +173,11 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def device_peak_mb() -> float:
+    """Most that torch has held on the CUDA device so far, MB; 0 without one."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0
+
+
 def run(
     files: Sequence[Path],
     target: str,
@@ -183,19 +194,24 @@ def run(
     decoder = SpecDecoder.from_pretrained(target, "none", options)
     systems = our_systems(decoder, drafters, options)
     decoder.generate("Tell me a story.", Sampling(max_tokens=32))
-    memory = peak_memory_mb()  # of our own generate: transformers is not loaded yet
+    memory, device_memory = peak_memory_mb(), device_peak_mb()  # of ours: transformers is not loaded yet
     info = decoder.engine.target.info
     if with_transformers:
-        systems += transformers_systems(decoder.loaded.files.directory, info.dtype, info.stop_ids)
+        systems += transformers_systems(
+            decoder.loaded.files.directory, info.dtype, info.stop_ids, info.device
+        )
     shared = {
         "target": info.name,
         "dtype": str(info.dtype),
+        "device": str(info.device),
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
         "repeats": repeats,
         "seed": SEED,
         "generate_peak_mb": round(memory),
     }
+    if info.device.type == "cuda":
+        shared["device_peak_mb"] = round(device_memory)
     rows: list[dict[str, Any]] = []
     for path in files:
         job = load_job(path, decoder, limit)

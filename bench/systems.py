@@ -40,6 +40,12 @@ class System:
     answer: Callable[[Sequence[int], Sampling], Run]
 
 
+def settle() -> None:
+    """Wait for the device, where there is one: neither what came before nor what is still running is timed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def ours(name: str, decoder: SpecDecoder) -> System:
     """Our engine with the decoder's drafter."""
 
@@ -47,9 +53,11 @@ def ours(name: str, decoder: SpecDecoder) -> System:
         stops = frozenset(() if sampling.ignore_eos else decoder.engine.target.info.stop_ids)
         decoder.engine.prefill.forget()  # no answer may profit from the one before
         request = Request("bench", tuple(prompt), sampling, stops)
+        settle()
         start = time.perf_counter()
         for _ in decoder.run(request):
             pass
+        settle()
         seconds = time.perf_counter() - start
         after = (request.finished or 0.0) - (request.first_token or 0.0)
         return Run(tuple(request.output), seconds, request.counters, after)
@@ -57,16 +65,18 @@ def ours(name: str, decoder: SpecDecoder) -> System:
     return System(name, answer)
 
 
-def transformers_systems(directory: Path, dtype: torch.dtype, stop_ids: Sequence[int]) -> list[System]:
-    """`generate` as a user would call it, without and with prompt lookup, over the same files."""
+def transformers_systems(
+    directory: Path, dtype: torch.dtype, stop_ids: Sequence[int], device: torch.device
+) -> list[System]:
+    """`generate` as a user would call it, without and with prompt lookup, over the same files on the same device."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    model.eval()
+    model.eval().to(device)
 
     def system(name: str, lookup: int | None) -> System:
         def answer(prompt: Sequence[int], sampling: Sampling) -> Run:
-            ids = torch.tensor([list(prompt)])
+            ids = torch.tensor([list(prompt)], device=device)
             extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
             law = (
                 {"do_sample": False}
@@ -79,6 +89,7 @@ def transformers_systems(directory: Path, dtype: torch.dtype, stop_ids: Sequence
                 }
             )
             end = None if sampling.ignore_eos else list(stop_ids)
+            settle()
             start = time.perf_counter()
             with torch.inference_mode():
                 out = model.generate(
@@ -90,6 +101,7 @@ def transformers_systems(directory: Path, dtype: torch.dtype, stop_ids: Sequence
                     **law,
                     **extra,
                 )
+            settle()
             seconds = time.perf_counter() - start
             return Run(tuple(out[0, ids.shape[1] :].tolist()), seconds)
 
