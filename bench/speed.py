@@ -175,7 +175,7 @@ def peak_memory_mb() -> float:
 
 def device_peak_mb() -> float:
     """Most that torch has held on the CUDA device so far, MB; 0 without one."""
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
 
 
 def run(

@@ -42,7 +42,7 @@ class System:
 
 def settle() -> None:
     """Wait for the device, where there is one: neither what came before nor what is still running is timed."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec.attention import triton
 from specdec.attention.merge import Partial, merge
 from specdec.attention.protocol import Rows, chunk_rows
 from specdec.attention.triton import TritonAttention, score_factors, tiling, tree_attention
@@ -58,6 +59,12 @@ CASES = {
     "empty prefixes": Case(lengths=(0, 0), splits=4),
     "block edges": Case(lengths=(15, 16, 17, 31, 32, 33), nodes=2),
     "block edges, half": Case(lengths=(63, 64, 65, 128), nodes=2, half=True),
+    "group 2, head 96": Case(group=2, kv_heads=2, head_dim=96, nodes=7),
+    "group 6, head 128": Case(group=6, head_dim=128, lengths=(61, 0), splits=3),
+    "group 7": Case(group=7, nodes=9, lengths=(64, 1)),
+    "group 8, several row tiles": Case(group=8, nodes=17, lengths=(35,)),
+    "6 splits over few keys": Case(lengths=(1, 63), nodes=2, splits=6),
+    "7 splits, head 128": Case(lengths=(255, 224), nodes=1, head_dim=128, splits=7),
     "8 splits": Case(lengths=(270,), nodes=2, splits=8),
     "5 splits, one node": Case(lengths=(130, 1), nodes=1, splits=5),
     "64 nodes": Case(lengths=(20,), nodes=64, group=1, splits=2),
@@ -217,6 +224,9 @@ TILES: dict[str, dict[str, Any]] = {
     "two words": {"packed": 512, "head_dim": 128, "words": 2, "window": True, "softcap": True},
     "head 256": {"packed": 256, "head_dim": 256},
     "float32": {"packed": 256, "head_dim": 128, "dtype": torch.float32},
+    "SmolLM2, 60 nodes": {"packed": 180, "head_dim": 64, "group": 3, "kv_heads": 3, "pairs": 3},
+    "Qwen2.5-7B, 60 nodes": {"packed": 420, "head_dim": 128, "group": 7, "kv_heads": 4, "pairs": 4},
+    "Qwen2.5-1.5B, a batch of 64": {"packed": 384, "head_dim": 128, "group": 6, "kv_heads": 2, "pairs": 128},
 }
 
 
@@ -229,8 +239,8 @@ def test_no_register_spills_on_sm_90(name: str, tmp_path: Path) -> None:
 
 
 def compile_for_sm_90(folder: Path, *, packed: int, head_dim: int, pairs: int = 8, words: int = 1,
-                      dtype: torch.dtype = torch.bfloat16, window: bool = False,
-                      softcap: bool = False) -> str:  # fmt: skip
+                      dtype: torch.dtype = torch.bfloat16, window: bool = False, softcap: bool = False,
+                      group: int = 4, kv_heads: int = 8) -> str:  # fmt: skip
     """What ptxas says of the kernel that a launch of this shape would use."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -240,8 +250,8 @@ def compile_for_sm_90(folder: Path, *, packed: int, head_dim: int, pairs: int = 
 
     cut = tiling(packed, pairs, 8192, head_dim, dtype, words, multiprocessors=132)
     constants: dict[str, Any] = {
-        "KV_HEADS": 8, "GROUP": 4, "HEAD": head_dim, "WORDS": words, "SPLITS": cut.splits, "LEAST": cut.least,
-        "BLOCK_ROWS": cut.rows, "BLOCK_KEYS": cut.keys, "BLOCK_HEAD": cut.head,
+        "KV_HEADS": kv_heads, "GROUP": group, "HEAD": head_dim, "WORDS": words, "SPLITS": cut.splits,
+        "LEAST": cut.least, "BLOCK_ROWS": cut.rows, "BLOCK_KEYS": cut.keys, "BLOCK_HEAD": cut.head,
     }  # fmt: skip
     constants |= {} if softcap else {"softcap": None}
     constants |= {} if window else dict.fromkeys(["window", "positions", "tree_positions"])
@@ -282,6 +292,39 @@ def test_what_cannot_be_done_is_refused() -> None:
         run(case, x)
 
 
+class Recorder:
+    """Stands in for the module of kernels: `kernel[grid](*arguments, **constants)` is noted, nothing runs."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.split_kernel = self.combine_kernel = self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *given, **constants: self.launches.append((grid, given, constants))
+
+
+def test_a_launch_does_not_depend_on_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one captured graph is right at every length: the kernel gets the very tensors, and nobody reads them."""
+    recorder, case = Recorder(), Case(lengths=(0, 33), splits=3)
+    monkeypatch.setattr(triton, "_kernels", lambda _: recorder)
+    x = make(case)
+    for name in ("item", "tolist", "__int__", "__bool__", "__index__", "__float__"):
+        monkeypatch.setattr(Tensor, name, _refuse_reading)
+    run(case, x)
+    x.lengths.add_(7)
+    run(case, x)
+    monkeypatch.undo()
+    (grid, given, constants), combine, (grid_after, given_after, constants_after), _ = recorder.launches
+    assert (grid, constants) == (grid_after, constants_after)
+    assert len(combine[0]) == 1
+    for tensor in (x.slots, x.lengths, x.ancestors):
+        assert any(one is tensor for one in given) and any(one is tensor for one in given_after)
+
+
+def _refuse_reading(*_: Any) -> Any:
+    raise AssertionError("the host read a tensor")
+
+
 def test_the_protocol_names_its_rows() -> None:
     """The plan is the rows themselves: nothing is computed on the host before a launch."""
     cache = KVCache(CacheShape(1, 1, 64, torch.float32, torch.device("cpu")), 1, 32)
@@ -292,7 +335,7 @@ def test_the_protocol_names_its_rows() -> None:
 
 def test_importing_needs_neither_triton_nor_flash_attn() -> None:
     code = (
-        "import sys, specdec.attention.triton, specdec.attention.flash;"
+        "import sys, specdec.attention.triton, specdec.attention.flash, specdec.attention.choose, specdec.generate;"
         "sys.exit(any(name.split('.')[0] in ('triton', 'flash_attn') for name in sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
