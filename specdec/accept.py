@@ -35,12 +35,13 @@ class Verdict:
     offered: Tensor
 
 
-def walk(tree: DraftTree, chosen: Tensor) -> Verdict:
+def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     """Follow the target's own tokens from the root while the tree contains them.
 
     Args:
         tree: B trees of N nodes.
         chosen: int64 [B, N], the target's token *after* each node.
+        width: D + 1 of the verdict where it is known; None asks the trees on a CPU and takes N elsewhere.
 
     >>> from specdec.tree import build
     >>> tree = build(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 2]]))
@@ -59,7 +60,8 @@ def walk(tree: DraftTree, chosen: Tensor) -> Verdict:
     last = torch.where(stands, tree.depths, -1).argmax(dim=1, keepdim=True)
     counts = tree.depths.gather(1, last)[:, 0] + 1
     path = (tree.ancestors.gather(1, last) >> index) & 1 == 1
-    width = int(tree.depths.max()) + 1 if chosen.device.type == "cpu" else n
+    if width is None:
+        width = int(tree.depths.max()) + 1 if chosen.device.type == "cpu" else n
     order = torch.where(path, index, n).sort(dim=1).values[:, :width]
     kept = torch.where(order < n, order, last)
     inside = torch.arange(width, device=chosen.device) < counts[:, None]

@@ -100,10 +100,10 @@ class KVCache:
         if kept.device.type == "cpu":
             self._keep_on_host(slots.tolist(), lengths.tolist(), kept.tolist())
         else:
-            self._keep_on_device(slots, lengths, kept)
+            self.compact(slots, lengths, kept)
 
-    def _keep_on_device(self, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
-        """One gather and one scatter, without host synchronisation."""
+    def compact(self, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
+        """`keep` as one gather and one scatter that never wait for the host, on any device."""
         place = torch.arange(kept.shape[1], device=kept.device)
         slot = slots[:, None].expand_as(kept)
         rows = self.kv.permute(2, 4, 0, 1, 3, 5)[slot, lengths[:, None] + kept]

@@ -71,7 +71,7 @@ def on_host(cache: KVCache, slots: Tensor, lengths: Tensor, kept: Tensor) -> Non
 
 
 def on_device(cache: KVCache, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
-    cache._keep_on_device(slots, lengths, kept)
+    cache.compact(slots, lengths, kept)
 
 
 @pytest.mark.parametrize("keep", [on_host, on_device])

@@ -44,30 +44,35 @@ class Rows:
         return self.index.slots
 
 
-def _index(slots: Tensor, first: Tensor, n: int) -> RowIndex:
+def _index(slots: Tensor, first: Tensor, n: int, spans: bool) -> RowIndex:
+    """Rows behind `first`; their spans on a CPU, unless the caller must not read tensors (`spans` False)."""
     indices = first[:, None] + torch.arange(n, device=slots.device)
-    spans = list(zip(slots.tolist(), first.tolist(), strict=True)) if slots.device.type == "cpu" else None
-    return RowIndex(slots, indices, spans)
+    if not spans or slots.device.type != "cpu":
+        return RowIndex(slots, indices)
+    return RowIndex(slots, indices, list(zip(slots.tolist(), first.tolist(), strict=True)))
 
 
-def chunk_rows(slots: Tensor, lengths: Tensor, n: int) -> Rows:
+def chunk_rows(slots: Tensor, lengths: Tensor, n: int, *, spans: bool = True) -> Rows:
     """Rows of a causal chunk of n tokens that continues each slot (prefill, head extension)."""
-    index = _index(slots, lengths, n)
+    index = _index(slots, lengths, n, spans)
     return Rows(index, lengths, index.indices, None)
 
 
-def tree_rows(slots: Tensor, lengths: Tensor, tree: DraftTree) -> Rows:
+def tree_rows(slots: Tensor, lengths: Tensor, tree: DraftTree, *, spans: bool = True) -> Rows:
     """Rows of a tree verification: node i sits at position length + depth(i), cache row length + i."""
     positions = lengths[:, None] + tree.depths
-    return Rows(_index(slots, lengths, tree.nodes), lengths, positions, tree.ancestors, 0, positions)
+    index = _index(slots, lengths, tree.nodes, spans)
+    return Rows(index, lengths, positions, tree.ancestors, 0, positions)
 
 
-def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Tensor, offset: int) -> Rows:
+def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Tensor, offset: int, *,
+               spans: bool = True) -> Rows:  # fmt: skip
     """Rows of one drafting level: n new rows behind `offset` older rows of the same round.
 
     positions int64 [B, n], ancestors int64 [B, n] over all tree rows so far.
     """
-    return Rows(_index(slots, lengths + offset, positions.shape[1]), lengths, positions, ancestors, offset)
+    index = _index(slots, lengths + offset, positions.shape[1], spans)
+    return Rows(index, lengths, positions, ancestors, offset)
 
 
 class TreeAttention(Protocol):

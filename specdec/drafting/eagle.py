@@ -21,6 +21,7 @@ from specdec import tree as trees
 from specdec.accept import Verdict
 from specdec.attention.protocol import Rows, TreeAttention, chunk_rows, level_rows
 from specdec.cache import KVCache
+from specdec.drafting.growth import Growth
 from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
 from specdec.sampling import draw, spread
@@ -97,10 +98,17 @@ class EagleDrafter:
         """Grow level by level from the head's own output, then keep the likeliest nodes."""
         if shape.depth == 0 or shape.nodes == 1:
             return trees.root_only(context.roots)
-        y = self._extend(context)
+        y = self.extend(context)
         if shape.sampled:
             return self._sample_chain(context, shape, y)
-        growth = _Growth(self.head.ids, shape)
+        return self.grow(context, shape, y)
+
+    def grow(self, context: Context, shape: Shape, y: Tensor) -> DraftTree:
+        """The tree that follows the head's output y [B, H] at the last accepted pair.
+
+        With neither floors nor prices in `shape`, nothing is read on the host.
+        """
+        growth = Growth(self.head.ids, shape)
         frontier_y = growth.level(self._log_probs(y[:, None]), y[:, None])
         while growth.worth_another():
             frontier_y = growth.level(*self._step(context, growth, frontier_y))
@@ -118,7 +126,7 @@ class EagleDrafter:
                 own = own | (1 << (depth - 2))
                 position = (context.lengths + depth - 2)[:, None]
                 step = level_rows(context.slots, context.lengths, position, own, depth - 2)
-                y = self._forward(tokens[-1][:, None], self.head.feedback(y)[:, None], step)[:, 0]
+                y = self.forward(tokens[-1][:, None], self.head.feedback(y)[:, None], step)[:, 0]
             q = spread(self.head.logits(y).float(), context.temperature)
             drawn = draw(q, context.draws[:, depth - 1])
             tokens.append(self.head.ids[drawn])
@@ -131,17 +139,19 @@ class EagleDrafter:
     def _log_probs(self, y: Tensor) -> Tensor:
         return self.head.logits(y).float().log_softmax(dim=-1)
 
-    def _step(self, context: Context, growth: _Growth, parent_y: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, context: Context, growth: Growth, parent_y: Tensor) -> tuple[Tensor, Tensor]:
         """Run the head over the frontier: tokens just drafted, features fed back from their parents."""
         position = context.lengths + growth.depth - 1
         k = growth.tokens.shape[1]
         rows = level_rows(
-            context.slots, context.lengths, position[:, None].expand(-1, k), growth.bits, growth.rows_before
-        )
-        y = self._forward(growth.tokens, self.head.feedback(parent_y), rows)
+            context.slots, context.lengths, position[:, None].expand(-1, k), growth.bits, growth.rows_before,
+            spans=not context.fixed,
+        )  # fmt: skip
+        y = self.forward(growth.tokens, self.head.feedback(parent_y), rows)
         return self._log_probs(y), y
 
-    def _forward(self, tokens: Tensor, g: Tensor, rows: Rows) -> Tensor:
+    def forward(self, tokens: Tensor, g: Tensor, rows: Rows) -> Tensor:
+        """The head over tokens int64 [B, n] and their fused or fed-back g [B, n, H]; y [B, n, H]."""
         plan = self.attention.plan(rows, self.cache, self.head.config.window)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -151,18 +161,19 @@ class EagleDrafter:
         embedded = self.embed(tokens).to(g.dtype)
         return self.head(embedded, g, self.head.angles(rows.positions), attend)  # type: ignore[no-any-return]
 
-    def _extend(self, context: Context) -> Tensor:
+    def extend(self, context: Context) -> Tensor:
         """Read all pending pairs; returns the head's output at each request's last row [B, H]."""
         slots = context.slots.tolist()
-        short = [s for s in slots if 0 < self._pending(s) <= TOGETHER]
+        short = [s for s in slots if 0 < self.pending(s) <= TOGETHER]
         for slot in slots:
-            if self._pending(slot) > TOGETHER:
+            if self.pending(slot) > TOGETHER:
                 self._read_long(slot)
         if short:
             self._read_together(short)
         return self.last[context.slots]
 
-    def _pending(self, slot: int) -> int:
+    def pending(self, slot: int) -> int:
+        """Accepted pairs that the head has yet to read."""
         return sum(len(t) for t in self.lanes[slot].tokens or ())
 
     def _take(self, slot: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +190,7 @@ class EagleDrafter:
         for start in range(0, len(tokens), CHUNK):
             part = tokens[None, start : start + CHUNK]
             rows = chunk_rows(where, torch.tensor([lane.rows], device=tokens.device), part.shape[1])
-            y = self._forward(
+            y = self.forward(
                 part, self.head.fuse(features[None, start : start + CHUNK].to(self.head.dtype)), rows
             )
             lane.rows += part.shape[1]
@@ -194,80 +205,8 @@ class EagleDrafter:
         tokens = torch.stack([torch.nn.functional.pad(t, (0, n - len(t))) for _, t in taken])
         where = torch.tensor(slots, device=tokens.device)
         lengths = torch.tensor([self.lanes[s].rows for s in slots], device=tokens.device)
-        y = self._forward(tokens, self.head.fuse(features.to(self.head.dtype)), chunk_rows(where, lengths, n))
+        y = self.forward(tokens, self.head.fuse(features.to(self.head.dtype)), chunk_rows(where, lengths, n))
         last = torch.tensor(counts, device=tokens.device) - 1
         self.last[where] = y[torch.arange(len(slots), device=tokens.device), last]
         for slot, count in zip(slots, counts, strict=True):
             self.lanes[slot].rows += count
-
-
-class _Growth:
-    """The candidates of one proposal, level by level.
-
-    Attributes:
-        tokens: int64 [B, K] target ids of the frontier.
-        bits: int64 [B, K] ancestor words of the frontier's head rows.
-        depth: of the frontier.
-        rows_before: head rows written by earlier levels.
-    """
-
-    def __init__(self, ids: Tensor, shape: Shape) -> None:
-        self.ids, self.shape = ids, shape
-        self.width = min(shape.width, len(ids))
-        self.depth, self.rows_before = 0, 0
-        self.tokens: Tensor
-        self.bits: Tensor
-        self.scores: Tensor
-        self.at: Tensor
-        self.all_tokens: list[Tensor] = []
-        self.all_scores: list[Tensor] = []
-        self.all_parents: list[Tensor] = []
-        self.count = 0
-
-    def level(self, log_probs: Tensor, y: Tensor) -> Tensor:
-        """Take the frontier's draft distributions [B, K', Vd]; returns the new frontier's parent outputs [B, K, H]."""
-        b, rows, _ = log_probs.shape
-        first = self.depth == 0
-        scores = log_probs.new_zeros(b, 1) if first else self.scores
-        drafts, paths, frontier = trees.expand(scores, log_probs, self.width)
-        parent = torch.arange(rows, device=drafts.device).repeat_interleave(self.width).expand(b, -1)
-        above = torch.full_like(parent, -1) if first else self.at.gather(1, parent)
-        self.all_tokens.append(self.ids[drafts])
-        self.all_scores.append(paths)
-        self.all_parents.append(above)
-        self._advance(frontier, parent.gather(1, frontier), paths, first)
-        index = parent.gather(1, frontier)[..., None].expand(-1, -1, y.shape[-1])
-        return y.gather(1, index)
-
-    def _advance(self, frontier: Tensor, parent_row: Tensor, paths: Tensor, first: bool) -> None:
-        k = frontier.shape[1]
-        self.rows_before = 0 if first else self.rows_before + self.bits.shape[1]
-        own = torch.ones((), dtype=torch.int64, device=frontier.device) << (
-            self.rows_before + torch.arange(k, device=frontier.device)
-        )
-        self.bits = own.expand_as(frontier) if first else self.bits.gather(1, parent_row) | own
-        self.tokens = self.all_tokens[-1].gather(1, frontier)
-        self.scores = paths.gather(1, frontier)
-        self.at = frontier + self.count
-        self.count += paths.shape[1]
-        self.depth += 1
-
-    def worth_another(self) -> bool:
-        """May the tree grow deeper, and does the frontier still promise enough?"""
-        if self.depth >= self.shape.depth or self.rows_before + self.bits.shape[1] > MAX_NODES:
-            return False
-        if self.shape.level_floor <= 0:
-            return True
-        return bool(self.scores.exp().sum(dim=1).max() >= self.shape.level_floor)
-
-    def finish(self, roots: Tensor) -> DraftTree:
-        """The tree of the likeliest nodes that are worth their price."""
-        scores = torch.cat(self.all_scores, dim=1)
-        nodes = self.shape.nodes
-        if self.shape.prices:
-            nodes = self.shape.worth(scores.topk(min(nodes - 1, scores.shape[1]), dim=1).values.exp())
-        if nodes == 1:
-            return trees.root_only(roots)
-        return trees.rerank(
-            roots, torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1), scores, nodes
-        )

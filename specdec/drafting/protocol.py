@@ -88,6 +88,7 @@ class Context:
         lengths: int64 [B], committed tokens = position of the root.
         temperature: float32 [B], what the target's logits are divided by; 0 is greedy.
         draws: float64 [B, D] fresh random numbers for sampled chains, or None where trees are deterministic.
+        fixed: the round is one program of fixed shapes: nobody may read these tensors on the host.
     """
 
     slots: Tensor
@@ -95,6 +96,7 @@ class Context:
     lengths: Tensor
     temperature: Tensor | None = None
     draws: Tensor | None = None
+    fixed: bool = False
 
 
 class Drafter(Protocol):

@@ -1,0 +1,86 @@
+"""Growth: the candidates of one proposal, level by level (EAGLE-2), until the likeliest of them become trees.
+
+Knows draft distributions and path scores, nothing of heads or caches.
+Dimension legend: B requests, K width, H head size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec import tree as trees
+from specdec.drafting.protocol import Shape
+from specdec.tree import MAX_NODES, DraftTree
+
+
+class Growth:
+    """The candidates of one proposal, level by level.
+
+    Attributes:
+        tokens: int64 [B, K] target ids of the frontier.
+        bits: int64 [B, K] ancestor words of the frontier's head rows.
+        depth: of the frontier.
+        rows_before: head rows written by earlier levels.
+    """
+
+    def __init__(self, ids: Tensor, shape: Shape) -> None:
+        self.ids, self.shape = ids, shape
+        self.width = min(shape.width, len(ids))
+        self.depth, self.rows_before = 0, 0
+        self.tokens: Tensor
+        self.bits: Tensor
+        self.scores: Tensor
+        self.at: Tensor
+        self.all_tokens: list[Tensor] = []
+        self.all_scores: list[Tensor] = []
+        self.all_parents: list[Tensor] = []
+        self.count = 0
+
+    def level(self, log_probs: Tensor, y: Tensor) -> Tensor:
+        """Take the frontier's draft distributions [B, K', Vd]; returns the new frontier's parent outputs [B, K, H]."""
+        b, rows, _ = log_probs.shape
+        first = self.depth == 0
+        scores = log_probs.new_zeros(b, 1) if first else self.scores
+        drafts, paths, frontier = trees.expand(scores, log_probs, self.width)
+        parent = torch.arange(rows, device=drafts.device).repeat_interleave(self.width).expand(b, -1)
+        above = torch.full_like(parent, -1) if first else self.at.gather(1, parent)
+        self.all_tokens.append(self.ids[drafts])
+        self.all_scores.append(paths)
+        self.all_parents.append(above)
+        self._advance(frontier, parent.gather(1, frontier), paths, first)
+        index = parent.gather(1, frontier)[..., None].expand(-1, -1, y.shape[-1])
+        return y.gather(1, index)
+
+    def _advance(self, frontier: Tensor, parent_row: Tensor, paths: Tensor, first: bool) -> None:
+        k = frontier.shape[1]
+        self.rows_before = 0 if first else self.rows_before + self.bits.shape[1]
+        own = torch.ones((), dtype=torch.int64, device=frontier.device) << (
+            self.rows_before + torch.arange(k, device=frontier.device)
+        )
+        self.bits = own.expand_as(frontier) if first else self.bits.gather(1, parent_row) | own
+        self.tokens = self.all_tokens[-1].gather(1, frontier)
+        self.scores = paths.gather(1, frontier)
+        self.at = frontier + self.count
+        self.count += paths.shape[1]
+        self.depth += 1
+
+    def worth_another(self) -> bool:
+        """May the tree grow deeper, and does the frontier still promise enough?"""
+        if self.depth >= self.shape.depth or self.rows_before + self.bits.shape[1] > MAX_NODES:
+            return False
+        if self.shape.level_floor <= 0:
+            return True
+        return bool(self.scores.exp().sum(dim=1).max() >= self.shape.level_floor)
+
+    def finish(self, roots: Tensor) -> DraftTree:
+        """The tree of the likeliest nodes that are worth their price."""
+        scores = torch.cat(self.all_scores, dim=1)
+        nodes = self.shape.nodes
+        if self.shape.prices:
+            nodes = self.shape.worth(scores.topk(min(nodes - 1, scores.shape[1]), dim=1).values.exp())
+        if nodes == 1:
+            return trees.root_only(roots)
+        return trees.rerank(
+            roots, torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1), scores, nodes
+        )
