@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from specdec.engine.build import Options, make_engine
-from specdec.engine.engine import Engine, check_request
+from specdec.engine.engine import Engine
 from specdec.engine.logprobs import TokenLogprob
-from specdec.engine.request import Finish, Piece, Request
+from specdec.engine.request import Finish, Piece, Request, check_request
 from specdec.engine.text import TextStream
 from specdec.errors import RequestError, UnsupportedError
 from specdec.sampling import Sampling

@@ -51,6 +51,13 @@ class DraftTree:
         """N, padding included."""
         return self.tokens.shape[1]
 
+    def promised(self) -> float:
+        """Drafts the drafter expects to see accepted: the sum of its nodes' path probabilities, over all trees."""
+        if self.scores is None or self.nodes == 1:
+            return 0.0
+        used = torch.arange(1, self.nodes, device=self.sizes.device) < self.sizes[:, None]
+        return float((self.scores[:, 1:].exp() * used).sum())
+
 
 def build(
     tokens: Tensor, parents: Tensor, sizes: Tensor | None = None, scores: Tensor | None = None

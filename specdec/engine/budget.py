@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from specdec.drafting.protocol import PLAIN, Shape
 from specdec.tree import DraftTree
 
@@ -170,12 +168,16 @@ class Budget:
 
     def note(self, shape: Shape, tree: DraftTree, emitted: int) -> None:
         """A round over `tree` gave `emitted` tokens in all."""
-        if shape.depth == 0 or not self.adaptive or self.costs is None:
+        if shape.depth and self.adaptive and self.costs is not None:
+            self.earned(len(tree.tokens), tree.nodes, tree.levels, tree.promised(), emitted)
+
+    def earned(self, batch: int, nodes: int, levels: int, promised: float, emitted: int) -> None:
+        """A speculating round over `batch` trees of `nodes` nodes and `levels` levels gave `emitted` tokens in all."""
+        if not self.adaptive or self.costs is None:
             return
-        batch = len(tree.tokens)
         trial = self.trials.setdefault(_bucket(batch), _Trial())
-        spent = self.costs.verify_ms(batch, tree.nodes) + self.costs.draft_ms(batch, tree.levels)
-        trial.note(emitted, spent, _promised(tree), emitted - batch)
+        spent = self.costs.verify_ms(batch, nodes) + self.costs.draft_ms(batch, levels)
+        trial.note(emitted, spent, promised, emitted - batch)
         if trial.rounds < TRIAL:
             return
         if trial.tokens / trial.ms < batch / self.costs.verify_ms(batch, 1):
@@ -184,14 +186,6 @@ class Budget:
             )
         elif trial.rounds > 4 * TRIAL:
             trial.pause = SHORTEST_PAUSE
-
-
-def _promised(tree: DraftTree) -> float:
-    """Drafts the drafter expects to see accepted: the sum of its nodes' path probabilities."""
-    if tree.scores is None or tree.nodes == 1:
-        return 0.0
-    used = torch.arange(1, tree.nodes, device=tree.sizes.device) < tree.sizes[:, None]
-    return float((tree.scores[:, 1:].exp() * used).sum())
 
 
 def _bucket(batch: int) -> int:

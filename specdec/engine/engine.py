@@ -1,12 +1,13 @@
 """The engine: requests join and leave between rounds; prompts are prefilled in chunks; one failure stays alone.
 
-`step()` is the whole machine: cancel, admit, prefill a little, run one round. It knows token ids and slots, nothing
-of HTTP or terminals.
+`step()` is the whole machine: cancel, admit, prefill a little, run one round. With a pipeline attached, rounds that fit
+are launched ahead and handed out one step late. It knows token ids and slots, nothing of HTTP or terminals.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from specdec.cache import KVCache
-from specdec.drafting.protocol import PLAIN, Drafter
+from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.batch import Batch
 from specdec.engine.budget import Budget
 from specdec.engine.logprobs import TokenLogprob, token_logprobs
+from specdec.engine.pipeline import Pipeline
 from specdec.engine.prefill import Prefill
-from specdec.engine.request import Finish, Piece, Request
-from specdec.engine.round import Outcome, Rounds
-from specdec.errors import RequestError
+from specdec.engine.request import Finish, Piece, Request, check_request
+from specdec.engine.round import Emitted, Outcome, Rounds
 from specdec.stats import Counters, Recorder, Round
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
@@ -55,6 +56,7 @@ class Engine:
         self.cancelled: set[str] = set()
         self.counters = Counters()
         self.recorder: Recorder | None = None
+        self.pipeline: Pipeline | None = None
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never be served."""
@@ -72,7 +74,8 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Piece]:
         """One turn: cancellations, admissions, a chunk of prefill, one round. Returns what each request got."""
-        pieces = self._drop_cancelled()
+        pieces = self._land_all() if self._about_to_change() else []
+        pieces += self._drop_cancelled()
         self._admit()
         pieces += self._prefill_one()
         running = [self.active[slot] for slot in sorted(self.active) if self.active[slot].running]
@@ -113,47 +116,99 @@ class Engine:
             return [] if token is None else [self._hand_out(request, [token], [False], logprob)]
         return []
 
+    def _about_to_change(self) -> bool:
+        """Will somebody leave, join or read a prompt before the next round?"""
+        joining = self.waiting and len(self.active) < self.limits.slots
+        return bool(self.cancelled or joining) or not all(r.running for r in self.active.values())
+
     def _round(self, running: list[Request]) -> list[Piece]:
         speculate = [r.speculate for r in running]
         shape = self.budget.shape(len(running)) if any(speculate) else PLAIN
         if shape.sampled and not all(speculate):
             shape = PLAIN  # a sampled chain is verified as a whole batch or not at all
+        if self.pipeline is not None and self.recorder is None and self.pipeline.fits(running, shape):
+            return self._launch(self.pipeline, running, shape)
+        pieces = self._land_all()
+        if self.pipeline is not None:
+            self.pipeline.hand_back()
+        return pieces + self._run([r for r in running if r.running], shape)
+
+    def _run(self, running: list[Request], shape: Shape) -> list[Piece]:
+        """A round step by step."""
+        if not running:
+            return []
         try:
             batch = Batch.of(running, self.target.info.vocab, self.target.info.device, chains=shape.sampled)
             outcome = self.rounds.run(batch, shape)
         except Exception as error:
             if len(running) == 1:
                 return [self._end(running[0], "error", _told(error))]
-            return [
-                piece for request in running for piece in self._round([request])
-            ]  # find the culprit alone
-        emitted = int(outcome.verdict.counts.sum())
-        self.budget.note(shape, outcome.tree, emitted)
+            return [piece for r in running for piece in self._run([r], shape)]  # find the culprit alone
+        emitted = Emitted.of(outcome)
+        self.budget.note(shape, outcome.tree, sum(emitted.counts))
         if self.recorder is not None:
             self.recorder.record(_as_round(batch, outcome))
-        return self._settle(batch, outcome)
+        return self._settle(batch.requests, emitted, outcome)
 
-    def _settle(self, batch: Batch, outcome: Outcome) -> list[Piece]:
-        """Hand tokens to their requests and count."""
-        counts, tokens = outcome.verdict.counts.tolist(), outcome.verdict.tokens.tolist()
-        offered, sizes = outcome.verdict.offered.tolist(), outcome.tree.sizes.tolist()
-        sick = _sick(outcome)
+    def _launch(self, pipeline: Pipeline, running: list[Request], shape: Shape) -> list[Piece]:
+        """Start a round and hand out the one before it, if there is one."""
         pieces = []
-        for row, request in enumerate(batch.requests):
-            _add_seconds(request.counters, outcome)
-            if sick[row]:
+        if pipeline.must_land(running, shape):
+            pieces += self._land_all()
+            running = [r for r in running if r.running]
+        unfinished = any(len(r.output) + len(pipeline.flights) < r.sampling.max_tokens for r in running)
+        if unfinished:
+            try:
+                pipeline.launch(running, shape)
+            except Exception as error:  # whatever a driver refuses, rounds still run step by step
+                warnings.warn(f"rounds are no longer captured: {_told(error)}", stacklevel=2)
+                pieces += self._land_all()
+                pipeline.hand_back()
+                self.pipeline = None
+                return pieces + self._run([r for r in running if r.running], shape)
+        if len(pipeline.flights) > unfinished:
+            pieces += self._land(pipeline)
+        return pieces
+
+    def _land_all(self) -> list[Piece]:
+        """Hand out every round that is in flight."""
+        pieces = []
+        while self.pipeline is not None and self.pipeline.flights:
+            pieces += self._land(self.pipeline)
+        return pieces
+
+    def _land(self, pipeline: Pipeline) -> list[Piece]:
+        """Hand out the oldest round in flight."""
+        flight, emitted = pipeline.land()
+        if flight.shape.nodes > 1:
+            size, shape = len(flight.requests), flight.shape
+            self.budget.earned(size, shape.nodes, shape.depth, emitted.promised, sum(emitted.counts))
+        pieces = self._settle(flight.requests, emitted)
+        pipeline.forget_finished()
+        return pieces
+
+    def _settle(
+        self, requests: Sequence[Request], emitted: Emitted, outcome: Outcome | None = None
+    ) -> list[Piece]:
+        """Hand tokens to their requests and count; who has ended meanwhile gets nothing."""
+        pieces = []
+        for row, request in enumerate(requests):
+            if request.finished is not None:
+                continue
+            _add_seconds(request.counters, emitted.seconds)
+            if emitted.sick[row]:
                 pieces.append(self._end(request, "error", "the target's logits are not numbers (NaN)"))
                 continue
-            given = tokens[row][: counts[row]]
-            drafted = [True] * (counts[row] - 1) + [False]
+            count = emitted.counts[row]
+            given, drafted = emitted.tokens[row][:count], [True] * (count - 1) + [False]
             before = len(request.output)
             pieces.append(self._hand_out(request, given, drafted, _logprobs(outcome, row, request)))
             if request.finish == "error":
                 continue
-            cut = len(request.output) - before < counts[row]
+            cut = len(request.output) - before < count
             for counters in (request.counters, self.counters):
-                counters.add_round(counts[row], offered[row], sizes[row], cut=cut)
-        _add_seconds(self.counters, outcome)
+                counters.add_round(count, emitted.offered[row], emitted.sizes[row], cut=cut)
+        _add_seconds(self.counters, emitted.seconds)
         return pieces
 
     def _hand_out(
@@ -189,6 +244,8 @@ class Engine:
         """Close a request and free its slot."""
         request.finish, request.finished = finish, time.perf_counter()
         if request.slot >= 0:
+            if self.pipeline is not None:
+                self.pipeline.leave(request.slot)
             self.prefill.release(request)
             if finish == "error":
                 self.prefill.wipe(request.slot)
@@ -207,57 +264,16 @@ def _told(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _sick(outcome: Outcome) -> list[bool]:
-    """Which requests met logits that are not numbers at a node their answer goes through."""
-    kept = outcome.verdict.kept
-    rows = torch.arange(len(kept), device=kept.device)[:, None]
-    bad: list[bool] = outcome.logits[rows, kept].amax(dim=-1).isnan().any(dim=1).tolist()
-    return bad
+def _add_seconds(counters: Counters, seconds: dict[str, float]) -> None:
+    for phase, spent in seconds.items():
+        counters.seconds[phase] += spent
 
 
-def _add_seconds(counters: Counters, outcome: Outcome) -> None:
-    counters.seconds["draft"] += outcome.draft_seconds
-    counters.seconds["verify"] += outcome.verify_seconds
-    counters.seconds["accept"] += outcome.accept_seconds
-
-
-def _logprobs(outcome: Outcome, row: int, request: Request) -> list[TokenLogprob]:
+def _logprobs(outcome: Outcome | None, row: int, request: Request) -> list[TokenLogprob]:
     """Log-probabilities of the emitted tokens from the target's own logits at the kept nodes."""
     wanted = request.sampling.logprobs
-    if wanted is None:
+    if wanted is None or outcome is None:
         return []
     count = int(outcome.verdict.counts[row])
     nodes = outcome.verdict.kept[row, :count]
     return token_logprobs(outcome.logits[row, nodes], outcome.verdict.tokens[row, :count].tolist(), wanted)
-
-
-def check_request(request: Request, length: int, vocab: int) -> None:
-    """Raises RequestError for what no engine of this length and vocabulary can serve."""
-    prompt, wanted = len(request.prompt), request.sampling.max_tokens
-    if prompt == 0:
-        raise RequestError("is empty", field="prompt", remedy="Give at least one token.")
-    if prompt >= length:
-        raise RequestError(
-            "is longer than the context",
-            field="prompt",
-            value=f"{prompt} tokens",
-            allowed=f"at most {length - 1}",
-            remedy="Shorten it or raise max_length.",
-        )
-    if prompt + wanted > length:
-        raise RequestError(
-            "reaches past the context",
-            field="max_tokens",
-            value=wanted,
-            allowed=f"at most {length - prompt} after a prompt of {prompt} tokens",
-        )
-    if not all(0 <= token < vocab for token in request.prompt):
-        raise RequestError("holds ids outside the vocabulary", field="prompt", allowed=f"0 to {vocab - 1}")
-    for token in request.sampling.logit_bias:
-        if token >= vocab:
-            raise RequestError(
-                "names a token outside the vocabulary",
-                field="logit_bias",
-                value=token,
-                allowed=f"ids below {vocab}",
-            )

@@ -93,7 +93,7 @@ class GraphedTarget:
         b, n = tokens.shape
         if rows.ancestors is None or rows.offset or n > NODES[-1] or b > BATCHES[-1]:
             return self.inner.forward(tokens, rows, cache, taps)
-        given = _padded(tokens, rows, _bucket(b, BATCHES), _bucket(n, NODES))
+        given = _padded(tokens, rows, bucket(b, BATCHES), bucket(n, NODES))
 
         def work(tokens: Tensor, slots: Tensor, index: Tensor, lengths: Tensor, positions: Tensor,
                  ancestors: Tensor) -> list[Tensor]:  # fmt: skip
@@ -110,7 +110,7 @@ class GraphedTarget:
         if final.dim() != 3 or final.shape[0] > BATCHES[-1] or final.shape[1] > NODES[-1]:
             return self.inner.logits(final)
         b, n = final.shape[:2]
-        wide = final.new_zeros(_bucket(b, BATCHES), _bucket(n, NODES), final.shape[2])
+        wide = final.new_zeros(bucket(b, BATCHES), bucket(n, NODES), final.shape[2])
         wide[:b, :n] = final
         return self._run(("logits", wide.shape), lambda x: [self.inner.logits(x)], (wide,))[0][:b, :n]
 
@@ -141,7 +141,7 @@ class GraphedTarget:
         return self.inner.final_norm()
 
 
-def _bucket(size: int, sizes: tuple[int, ...]) -> int:
+def bucket(size: int, sizes: tuple[int, ...]) -> int:
     return next(one for one in sizes if one >= size)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.text import TextStream
+from specdec.errors import RequestError
 from specdec.sampling import Sampling, generator, uniforms
 from specdec.stats import Counters
 from specdec.tree import MAX_NODES, DraftTree
@@ -138,3 +139,35 @@ class Request:
             if self.finish:
                 break
         return kept
+
+
+def check_request(request: Request, length: int, vocab: int) -> None:
+    """Raises RequestError for what no engine of this length and vocabulary can serve."""
+    prompt, wanted = len(request.prompt), request.sampling.max_tokens
+    if prompt == 0:
+        raise RequestError("is empty", field="prompt", remedy="Give at least one token.")
+    if prompt >= length:
+        raise RequestError(
+            "is longer than the context",
+            field="prompt",
+            value=f"{prompt} tokens",
+            allowed=f"at most {length - 1}",
+            remedy="Shorten it or raise max_length.",
+        )
+    if prompt + wanted > length:
+        raise RequestError(
+            "reaches past the context",
+            field="max_tokens",
+            value=wanted,
+            allowed=f"at most {length - prompt} after a prompt of {prompt} tokens",
+        )
+    if not all(0 <= token < vocab for token in request.prompt):
+        raise RequestError("holds ids outside the vocabulary", field="prompt", allowed=f"0 to {vocab - 1}")
+    for token in request.sampling.logit_bias:
+        if token >= vocab:
+            raise RequestError(
+                "names a token outside the vocabulary",
+                field="logit_bias",
+                value=token,
+                allowed=f"ids below {vocab}",
+            )

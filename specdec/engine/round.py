@@ -30,9 +30,43 @@ class Outcome:
     features: Tensor
     chosen: Tensor
     verdict: Verdict
-    draft_seconds: float
-    verify_seconds: float
-    accept_seconds: float
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What a round gave its B requests, on the host; lists by request.
+
+    Attributes:
+        counts, tokens: tokens emitted, and the tokens themselves (what follows the first `counts` is padding).
+        offered: depth of the deepest node on offer; sizes: nodes verified.
+        sick: did the answer go through logits that are not numbers?
+        seconds: by phase.
+        promised: drafts the drafter expected to see accepted, of all requests; only where nobody keeps the trees.
+    """
+
+    counts: list[int]
+    tokens: list[list[int]]
+    offered: list[int]
+    sizes: list[int]
+    sick: list[bool]
+    seconds: dict[str, float]
+    promised: float = 0.0
+
+    @staticmethod
+    def of(outcome: Outcome) -> Emitted:
+        """Read a round that ran step by step."""
+        tree, verdict = outcome.tree, outcome.verdict
+        rows = torch.arange(len(verdict.kept), device=verdict.kept.device)[:, None]
+        sick = outcome.logits[rows, verdict.kept].amax(dim=-1).isnan().any(dim=1)
+        return Emitted(
+            verdict.counts.tolist(),
+            verdict.tokens.tolist(),
+            verdict.offered.tolist(),
+            tree.sizes.tolist(),
+            sick.tolist(),
+            outcome.seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +93,8 @@ class Rounds:
         self.cache.keep(c.slots, c.lengths, verdict.kept)
         self.drafter.observe(c, states.features, verdict)
         accepted = time.perf_counter()
-        return Outcome(
-            tree,
-            logits,
-            states.features,
-            chosen,
-            verdict,
-            drafted - started,
-            verified - drafted,
-            accepted - verified,
-        )
+        seconds = {"draft": drafted - started, "verify": verified - drafted, "accept": accepted - verified}
+        return Outcome(tree, logits, states.features, chosen, verdict, seconds)
 
 
 def _decide(tree: DraftTree, processed: Tensor, batch: Batch) -> tuple[Tensor, Verdict]:

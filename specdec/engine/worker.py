@@ -9,8 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from specdec.engine.engine import Engine, check_request
-from specdec.engine.request import Piece, Request
+from specdec.engine.engine import Engine
+from specdec.engine.request import Piece, Request, check_request
 from specdec.errors import SpecdecError
 
 Deliver = Callable[[Piece], None]
