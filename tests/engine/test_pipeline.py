@@ -1,4 +1,4 @@
-"""Rounds as device programs, recorded on the CPU: plain tokens in every batch, no word from the host, one round late."""
+"""Rounds as device programs, recorded on the CPU: plain tokens, no word from the host, one round late."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from host_reads import HostReads
 
 from specdec.drafting.eagle import EagleDrafter
-from specdec.drafting.protocol import Shape
+from specdec.drafting.none import NoDrafter
+from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.engine import Engine, Limits
 from specdec.engine.graphs import Work
 from specdec.engine.pipeline import Pipeline
@@ -129,3 +130,203 @@ def test_the_twin_sees_every_way_of_asking() -> None:
     with HostReads() as found:
         numbers.sort(stable=True).values[torch.where(numbers > 0, 1, 0)].sum()
     assert found == []
+
+
+def _speculating(target: Target, answers: Sequence[Sequence[int]], shape: Shape = WIDE) -> Engine:
+    return _ahead(engines.engine(target, _head(target, answers), shape))
+
+
+def test_plain_decoding_is_the_same_program_over_roots(target_of: Targets, plain: Callable) -> None:
+    for sampled in (False, True):
+        machine, requests = _ahead(engines.engine(target_of("llama"), NoDrafter())), _requests(sampled)
+        engines.run(machine, requests, apart=1)
+        assert [r.output for r in requests] == plain("llama", sampled)
+        assert machine.counters.tau == 1
+
+
+def test_a_stop_in_the_middle_ends_one_answer_and_spoils_nobody(target_of: Targets, plain: Callable) -> None:
+    """The round that was launched meanwhile is discarded for whoever stopped."""
+    target, wanted = target_of("llama"), plain("llama")
+    stops = [answer[len(answer) // 2] for answer in wanted]
+    machine, requests = _speculating(target, wanted), _requests()
+    for request, stop in zip(requests, stops, strict=True):
+        request.stop_ids = frozenset({stop})
+    pieces = engines.run(machine, requests)
+    for request, answer, stop in zip(requests, wanted, stops, strict=True):
+        assert request.output == answer[: answer.index(stop) + 1]
+        assert request.finish == "stop"
+        mine = [p for p in pieces if p.request == request.id]
+        assert [t for p in mine for t in p.tokens] == request.output
+        assert [p.finish for p in mine if p.finish] == ["stop"]
+    assert machine.active == {}
+
+
+def test_the_context_can_be_filled_to_its_end(target_of: Targets) -> None:
+    target, limits = target_of("llama"), Limits(slots=2, length=40, chunk=16)
+    asked = [(PROMPTS[0][:12], 28), (PROMPTS[1], 35), (PROMPTS[2][:20], 20)]
+
+    def requests() -> list[Request]:
+        return [engines.request(f"r{i}", p, Sampling(max_tokens=n)) for i, (p, n) in enumerate(asked)]
+
+    wanted = _alone(target, requests())
+    for shape in (Shape(7, 10, 60), Shape(12, 1, 13), PLAIN):
+        drafter: Drafter = _head(target, wanted, limits) if shape.depth else NoDrafter()
+        machine, ours = _ahead(engines.engine(target, drafter, shape, limits)), requests()
+        engines.run(machine, ours)
+        assert [r.output for r in ours] == wanted
+
+
+def test_what_does_not_fit_runs_step_by_step_and_comes_back(target_of: Targets, plain: Callable) -> None:
+    """A penalised request joins in the middle: the batch leaves the device, and returns to it afterwards."""
+    target, wanted, recording = target_of("llama"), plain("llama"), Replaying()
+    odd = Sampling(max_tokens=6, repetition_penalty=1.3, presence_penalty=0.5)
+    alone = engines.request("alone", PROMPTS[1], odd)
+    engines.run(engines.engine(target), [alone])
+    machine = _ahead(engines.engine(target, _head(target, wanted), WIDE), recording)
+    requests, guest = _requests(), engines.request("guest", PROMPTS[1], odd)
+    for request in (requests[0], requests[3]):
+        machine.add(request)
+    for _ in range(5):
+        machine.step()
+    before = recording.replayed
+    machine.add(guest)
+    while guest.finish is None:
+        machine.step()
+        assert recording.replayed == before, "a round with penalties was replayed"
+    assert guest.output == alone.output
+    engines.run(machine, [])
+    assert recording.replayed > before
+    assert [requests[0].output, requests[3].output] == [wanted[0], wanted[3]]
+    eager = engines.engine(target, _head(target, wanted), WIDE)
+    stepwise = [_requests()[i] for i in (0, 3)]
+    engines.run(eager, stepwise)
+    assert requests[3].counters.emitted == stepwise[1].counters.emitted, "pairs were lost on the way"
+
+
+class _Paused:
+    """A budget that drafts, pauses long enough for pairs to pile up, and drafts again."""
+
+    adaptive, costs, limit = False, None, WIDE
+
+    def __init__(self, plain_rounds: range) -> None:
+        self.turn, self.plain_rounds = 0, plain_rounds
+
+    def shape(self, batch: int) -> Shape:
+        self.turn += 1
+        return PLAIN if self.turn in self.plain_rounds else WIDE
+
+    def note(self, *_: object) -> None: ...
+
+    def earned(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("pause", [range(5, 30), range(3, 75)])
+def test_pairs_of_a_long_pause_are_read_before_the_next_tree(target_of: Targets, pause: range) -> None:
+    target, limits = target_of("llama"), Limits(slots=2, length=160, chunk=64)
+
+    def requests() -> list[Request]:
+        return [engines.request(f"r{i}", PROMPTS[i], Sampling(max_tokens=100)) for i in (0, 1)]
+
+    machines, outputs = [], []
+    ids = _alone_long(target, requests(), limits)
+    for ahead in (False, True):
+        machine = engines.engine(target, _head(target, ids, limits), WIDE, limits)
+        machine.budget = _Paused(pause)  # type: ignore[assignment]
+        machines.append(_ahead(machine) if ahead else machine)
+        asked = requests()
+        engines.run(machine, asked)
+        outputs.append([r.output for r in asked])
+    assert outputs[0] == outputs[1] == ids
+    drafted = [m.counters.drafted for m in machines]
+    assert machines[1].counters.tau > 1.02
+    assert abs(drafted[0] - drafted[1]) <= 2 * 23, "the head was not asked again after the pause"
+
+
+def _alone_long(target: Target, requests: Sequence[Request], limits: Limits) -> list[list[int]]:
+    for request in requests:
+        engines.run(engines.engine(target, limits=limits), [request])
+    return [r.output for r in requests]
+
+
+def test_a_plain_request_among_speculating_ones_stays_plain(target_of: Targets, plain: Callable) -> None:
+    machine, requests = _speculating(target_of("llama"), plain("llama"), FULL), _requests()
+    requests[0].speculate = False
+    engines.run(machine, requests)
+    assert [r.output for r in requests] == plain("llama")
+    assert requests[0].counters.drafted == 0
+    assert requests[3].counters.drafted > 0
+
+
+def test_cancelling_lands_what_is_in_flight_first(target_of: Targets, plain: Callable) -> None:
+    target, wanted = target_of("llama"), plain("llama")
+    machine, requests = _speculating(target, wanted), _requests()
+    for request in requests[:3]:
+        machine.add(request)
+    for _ in range(6):
+        machine.step()
+    assert machine.pipeline is not None
+    assert len(machine.pipeline.flights) == 1
+    known = len(requests[0].output)
+    machine.cancel(requests[0].id)
+    pieces = machine.step()
+    ours = [p for p in pieces if p.request == requests[0].id]
+    assert [p.finish for p in ours] == [None, "cancelled"]
+    assert known < len(requests[0].output) < len(wanted[0])
+    assert requests[0].output == wanted[0][: len(requests[0].output)]
+    engines.run(machine, requests[3:])
+    assert [r.output for r in requests[1:]] == wanted[1:]
+
+
+def test_a_prefix_is_taken_over_from_a_request_that_ran_on_the_device(target_of: Targets) -> None:
+    target, sampling = target_of("llama"), Sampling(max_tokens=14)
+    first = engines.request("first", PROMPTS[0], sampling)
+    engines.run(engines.engine(target), [first])
+    longer = [*PROMPTS[0], *first.output, 7, 8, 9]
+    second = engines.request("second", longer, sampling)
+    engines.run(engines.engine(target), [second])
+    answers = [first.output, second.output]
+    taus = []
+    for ahead in (False, True):
+        machine = engines.engine(target, _head(target, answers), WIDE)
+        machine = _ahead(machine) if ahead else machine
+        ours = [engines.request("first", PROMPTS[0], sampling), engines.request("second", longer, sampling)]
+        for request in ours:
+            engines.run(machine, [request])
+        assert [r.output for r in ours] == answers
+        assert ours[1].reused >= len(PROMPTS[0])
+        taus.append(ours[1].counters.emitted)
+    assert taus[0] == taus[1], "the head took over other rows"
+
+
+def test_logits_that_are_not_numbers_fail_one_request_alone(target_of: Targets, plain: Callable) -> None:
+    target, wanted = target_of("llama"), plain("llama")
+    machine, requests = _speculating(target, wanted), _requests()
+    for request in requests[:3]:
+        machine.add(request)
+    while not all(r.running for r in requests[:3]):
+        machine.step()
+    machine.cache.kv[:, :, requests[2].slot] = torch.nan
+    engines.run(machine, requests[3:])
+    assert [r.finish for r in requests] == ["length", "length", "error", "length"]
+    assert [requests[i].output for i in (0, 1, 3)] == [wanted[i] for i in (0, 1, 3)]
+    assert requests[2].output == wanted[2][: len(requests[2].output)]
+
+
+class _Refusing(Replaying):
+    """Like a driver that gives up at the second program, having run the work once."""
+
+    def record(self, work: Work) -> Work:
+        if self.recorded:
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return super().record(work)
+
+
+def test_a_recording_that_fails_leaves_rounds_step_by_step(target_of: Targets, plain: Callable) -> None:
+    machine = engines.engine(target_of("llama"), _head(target_of("llama"), plain("llama")), WIDE)
+    _ahead(machine, _Refusing())
+    requests = _requests()
+    with pytest.warns(UserWarning, match="no longer captured: operation not permitted"):
+        engines.run(machine, requests, apart=2)
+    assert machine.pipeline is None
+    assert [r.output for r in requests] == plain("llama")
