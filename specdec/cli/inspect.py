@@ -64,6 +64,7 @@ def _target(decoder: Any) -> dict[str, Any]:
         else "reference",
         "C kernels": why_not() or "yes",
         "captured in CUDA graphs": "yes" if hasattr(engine.target, "recording") else "no",
+        "rounds": _rounds(engine),
         "layers": info.layers,
         "hidden": info.hidden,
         "vocab": info.vocab,
@@ -75,6 +76,12 @@ def _target(decoder: Any) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
         "directory": str(decoder.loaded.files.directory),
     }
+
+
+def _rounds(engine: Any) -> str:
+    if engine.pipeline is not None:
+        return "one device program each, launched one ahead of the host"
+    return "step by step" + (f" ({engine.refused})" if engine.refused else "")
 
 
 def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[str, Any], bool]:

@@ -102,12 +102,14 @@ class _Trial:
     ms: float = 0.0
     promised: float = 0.0
     kept: float = 0.0
+    doublings: float = 0.0
     rounds: int = 0
     paused: int = 0
     pause: int = SHORTEST_PAUSE
 
-    def note(self, tokens: float, ms: float, promised: float, kept: float) -> None:
+    def note(self, tokens: float, ms: float, promised: float, kept: float, doublings: float) -> None:
         """Add a round; older ones fade."""
+        self.doublings = self.doublings * DECAY + doublings
         self.tokens = self.tokens * DECAY + tokens
         self.ms = self.ms * DECAY + ms
         self.promised = self.promised * DECAY + promised
@@ -129,11 +131,14 @@ class Budget:
         costs: the measured table; None fixes the shape.
         limit: the largest tree ever used, or the fixed one.
         adaptive: False always answers `limit`.
+        fixed: trees are one of a few whole sizes, never cut by what a round's own drafts promise: rounds that are one
+            device program cannot ask.
     """
 
     costs: CostTable | None
     limit: Shape
     adaptive: bool = True
+    fixed: bool = False
     trials: dict[int, _Trial] = field(default_factory=dict)
 
     def shape(self, batch: int) -> Shape:
@@ -144,6 +149,8 @@ class Budget:
         if trial.paused > 0:
             trial.paused -= 1
             return PLAIN
+        if self.fixed:
+            return self._size(batch, trial)
         # time in tokens per request, and in the drafter's own currency: a node promising p brings trust * p
         worth = self._rate(batch, trial) / batch / trial.trust()
         one = self.costs.verify_ms(batch, 1)
@@ -159,6 +166,30 @@ class Budget:
             first_level=worth * first,
             next_level=worth * level,
         )
+
+    def _size(self, batch: int, trial: _Trial) -> Shape:
+        """The whole size that would have earned most lately.
+
+        What a smaller tree would have brought is not known, so accepted drafts are taken to grow with the number of
+        times the tree's size has doubled, which is how EAGLE's trees grow (each doubling adds a little less).
+        """
+        if trial.rounds < TRIAL // 2:
+            return self.limit
+        assert self.costs is not None
+        gain, costs = trial.kept / trial.doublings, self.costs
+
+        def rate(shape: Shape) -> float:
+            ms = costs.verify_ms(batch, shape.nodes) + costs.draft_ms(batch, shape.depth)
+            return (1 + gain * math.log2(shape.nodes)) / ms
+
+        return max(self.sizes(), key=rate)
+
+    def sizes(self) -> list[Shape]:
+        """The limit and smaller trees in its proportions: half the nodes, one level less, down to chains of two."""
+        out = [self.limit]
+        while out[-1].nodes >= 8 and out[-1].depth > 1:
+            out.append(replace(out[-1], nodes=out[-1].nodes // 2, depth=out[-1].depth - 1))
+        return out
 
     def _rate(self, batch: int, trial: _Trial) -> float:
         """Tokens per millisecond that time is worth now: at least what plain decoding earns."""
@@ -177,7 +208,7 @@ class Budget:
             return
         trial = self.trials.setdefault(_bucket(batch), _Trial())
         spent = self.costs.verify_ms(batch, nodes) + self.costs.draft_ms(batch, levels)
-        trial.note(emitted, spent, promised, emitted - batch)
+        trial.note(emitted, spent, promised, emitted - batch, batch * math.log2(nodes) if nodes > 1 else 1.0)
         if trial.rounds < TRIAL:
             return
         if trial.tokens / trial.ms < batch / self.costs.verify_ms(batch, 1):

@@ -19,10 +19,11 @@ from specdec.drafting.mixed import MixedDrafter
 from specdec.drafting.ngram import NgramDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
+from specdec.engine.ahead import run_ahead
 from specdec.engine.budget import Budget
 from specdec.engine.costs import remembered
 from specdec.engine.engine import Engine, Limits
-from specdec.engine.graphs import graphed
+from specdec.engine.graphs import CudaRecording, Recording, graphed
 from specdec.engine.memory import Needs, Wish, plan
 from specdec.errors import SpecdecError
 from specdec.head.checkpoint import load_head
@@ -74,8 +75,14 @@ class Options:
     device_map: DeviceMap | None = None
 
 
-def make_engine(target: Target, head: str | Path | None, options: Options) -> Engine:
-    """An engine over a loaded target: drafter, sizes that fit, cost table, budget."""
+def make_engine(
+    target: Target, head: str | Path | None, options: Options, recording: Recording | None = None
+) -> Engine:
+    """An engine over a loaded target: drafter, sizes that fit, cost table, budget.
+
+    Args:
+        recording: of rounds as device programs; None takes CUDA graphs on a GPU and none on a CPU.
+    """
     words = drafter_words(target, head)
     weights = _load_head(target, words, options)
     free = free_bytes(target.info.device) if options.memory is None else options.memory
@@ -85,8 +92,16 @@ def make_engine(target: Target, head: str | Path | None, options: Options) -> En
         target, refused = graphed(target)
         if refused is not None:
             warnings.warn(f"forwards are not captured in CUDA graphs: {refused}", stacklevel=2)
+    if recording is None and target.info.device.type == "cuda":
+        recording = CudaRecording()
     drafter = make_drafter(target, words, weights, limits)
-    return Engine(target, drafter, _budget(target, drafter, options, limits), limits)
+    engine = Engine(target, drafter, Budget(None, _largest(target, drafter, options), adaptive=False), limits)
+    if recording is not None and (refused := run_ahead(engine, recording)) is not None:
+        warnings.warn(f"rounds run step by step: {refused}", stacklevel=2)
+        recording = None
+    if options.tree is None and not isinstance(drafter, NoDrafter):
+        engine.budget = _measured(engine, recording)
+    return engine
 
 
 def drafter_words(target: Target, head: str | Path | None) -> str:
@@ -143,19 +158,25 @@ def _load_head(target: Target, words: str, options: Options) -> DraftHead | None
     return weights
 
 
-def _budget(target: Target, drafter: Drafter, options: Options, limits: Limits) -> Budget:
+def _largest(target: Target, drafter: Drafter, options: Options) -> Shape:
+    """The fixed tree, or the largest that the measured budget may choose."""
     if isinstance(drafter, NoDrafter):
-        return Budget(None, PLAIN, adaptive=False)
-    if options.tree is not None:
-        if options.tree.sampled and not isinstance(drafter, EagleDrafter | MixedDrafter):
-            raise SpecdecError(
-                "needs a draft head to draw from", field="tree", value="sampled", remedy="Give a head."
-            )
-        return Budget(None, options.tree, adaptive=False)
+        return PLAIN
+    if options.tree is None:
+        return CPU_LIMIT if target.info.device.type == "cpu" else DEFAULT_TREE
+    if options.tree.sampled and not isinstance(drafter, EagleDrafter | MixedDrafter):
+        raise SpecdecError(
+            "needs a draft head to draw from", field="tree", value="sampled", remedy="Give a head."
+        )
+    return options.tree
+
+
+def _measured(engine: Engine, recording: Recording | None) -> Budget:
+    """A budget that knows what rounds cost here."""
+    target, drafter, limits = engine.target, engine.drafter, engine.limits
     scratch = KVCache(target.info.cache, limits.slots, min(limits.length, 512) + MAX_NODES)
-    costs = remembered(target, drafter, scratch, cache_root() / "costs")
-    limit = CPU_LIMIT if target.info.device.type == "cpu" else DEFAULT_TREE
-    return Budget(costs, limit)
+    costs = remembered(target, drafter, scratch, cache_root() / "costs", recording)
+    return Budget(costs, engine.budget.limit, fixed=recording is not None)
 
 
 def parse_tree(text: str) -> Shape | None:

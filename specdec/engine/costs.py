@@ -23,8 +23,10 @@ from specdec.attention.protocol import tree_rows
 from specdec.cache import KVCache
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.mixed import MixedDrafter
+from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.budget import CostTable
+from specdec.engine.graphs import Recording
 from specdec.sampling import likeliest
 from specdec.target.protocol import Target
 from specdec.tree import chain
@@ -34,11 +36,18 @@ PREFIX = 256  # committed tokens while measuring
 REPEATS = 7
 MOST_ROWS = 256  # batch x nodes beyond which a cell is left to extrapolation
 WIDTH = 8
+LEVELS = 7  # of the trees whose pairs a captured round reads
 
 
 @torch.inference_mode()
-def measure(target: Target, drafter: Drafter, cache: KVCache) -> CostTable:
-    """Time target forwards and drafting levels; clobbers the cache and the drafter's slots."""
+def measure(
+    target: Target, drafter: Drafter, cache: KVCache, recording: Recording | None = None
+) -> CostTable:
+    """Time target forwards and drafting levels; clobbers the cache and the drafter's slots.
+
+    Args:
+        recording: drafting is replayed, as in rounds that are device programs; None runs it step by step.
+    """
     batches = [b for b in (1, 2, 4, 8, 16, 32, 64) if b <= cache.slots]
     prefix = min(PREFIX, cache.length // 2)
     cells = {(b, n): _verify(target, cache, b, n, prefix, drafter.taps)
@@ -50,7 +59,8 @@ def measure(target: Target, drafter: Drafter, cache: KVCache) -> CostTable:
     eagle = _asks_head(drafter)
     if eagle is None:
         return CostTable(verify, {}, {})
-    drafts = {(b, depth): _draft(eagle, target, b, depth, prefix) for b in batches for depth in (1, 3)}
+    drafts = {(b, depth): _draft(eagle, target, b, depth, prefix, recording)
+              for b in batches for depth in (1, 3)}  # fmt: skip
     times = _least_ms(drafts)
     for slot in range(max(batches)):
         eagle.release(slot)
@@ -100,10 +110,20 @@ def _verify(
     return work
 
 
-def _draft(drafter: EagleDrafter, target: Target, b: int, depth: int, prefix: int) -> Callable[[], object]:
+def _draft(drafter: EagleDrafter, target: Target, b: int, depth: int, prefix: int,
+           recording: Recording | None) -> Callable[[], object]:  # fmt: skip
     """Reading two accepted tokens and growing trees of so many levels."""
     slots, lengths = _slots(b, prefix, target.info.device)
     wide = drafter.head.config.target_hidden * len(drafter.taps)
+    if recording is not None:
+        pairs = Pairs(drafter, b, LEVELS + 1, wide, target.info.dtype)
+        fixed = Context(slots, torch.ones_like(slots), lengths, fixed=True)
+
+        def program() -> None:
+            pairs.counts.fill_(2)
+            drafter.grow(fixed, Shape(depth, WIDTH, 16), pairs.read(fixed))
+
+        return recording.record(program)
     context = Context(slots, torch.ones_like(slots), lengths)
     features = torch.zeros(b, 2, wide, dtype=target.info.dtype, device=slots.device)
     kept = torch.tensor([[0, 1]], device=slots.device).expand(b, 2)
@@ -119,13 +139,14 @@ def _draft(drafter: EagleDrafter, target: Target, b: int, depth: int, prefix: in
     return work
 
 
-def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path) -> CostTable:
+def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path,
+               recording: Recording | None = None) -> CostTable:  # fmt: skip
     """The cached table of this machine, model and drafter; measured if there is none or it is broken."""
-    path = directory / f"{_key(target, drafter, cache)}.json"
+    path = directory / f"{_key(target, drafter, cache, recording is not None)}.json"
     try:
         return CostTable.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError):
-        table = measure(target, drafter, cache)
+        table = measure(target, drafter, cache, recording)
     with contextlib.suppress(
         OSError
     ):  # a cache that cannot be written costs seconds at the next start, no more
@@ -136,7 +157,7 @@ def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path
     return table
 
 
-def _key(target: Target, drafter: Drafter, cache: KVCache) -> str:
+def _key(target: Target, drafter: Drafter, cache: KVCache, recorded: bool) -> str:
     info = target.info
     device = (
         torch.cuda.get_device_name()
@@ -157,5 +178,6 @@ def _key(target: Target, drafter: Drafter, cache: KVCache) -> str:
         cache.slots,
         drafter.name if eagle is None else eagle.name,
         str(head),
+        *(["recorded"] if recorded else []),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

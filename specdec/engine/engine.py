@@ -57,6 +57,7 @@ class Engine:
         self.counters = Counters()
         self.recorder: Recorder | None = None
         self.pipeline: Pipeline | None = None
+        self.refused: str | None = None  # why rounds are not device programs, where that was tried
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never be served."""
@@ -164,7 +165,7 @@ class Engine:
                 warnings.warn(f"rounds are no longer captured: {_told(error)}", stacklevel=2)
                 pieces += self._land_all()
                 pipeline.hand_back()
-                self.pipeline = None
+                self.pipeline, self.refused = None, _told(error)
                 return pieces + self._run([r for r in running if r.running], shape)
         if len(pipeline.flights) > unfinished:
             pieces += self._land(pipeline)

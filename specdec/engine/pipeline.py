@@ -179,7 +179,7 @@ class Pipeline:
 
     def leave(self, slot: int) -> None:
         """The request of this slot has ended: its device state is void, the rows its head has read stay known."""
-        seat = self._aboard.pop(slot, None)
+        seat, self._seated = self._aboard.pop(slot, None), ()
         pairs = self._program.pairs
         if seat is None or pairs is None:
             return

@@ -128,3 +128,24 @@ def test_nothing_is_learned_from_plain_rounds() -> None:
     budget = Budget(TABLE, LIMIT)
     budget.note(PLAIN, _tree(1), emitted=1)
     assert budget.trials == {}
+
+
+def test_fixed_rounds_get_whole_sizes_by_what_they_brought() -> None:
+    """Drafts that are accepted earn large trees, drafts that are not small ones or none; prices cut nothing."""
+    flat = CostTable({1: {1: 10.0, 8: 10.5, 64: 12.0}}, {1: 1.0}, {1: 1.0})
+    steep = CostTable({1: {1: 10.0, 8: 15.0, 64: 60.0}}, {1: 1.0}, {1: 1.0})
+    limit, chosen = Shape(depth=6, width=4, nodes=60), {}
+    for name, table in (("flat", flat), ("steep", steep)):
+        budget = Budget(table, limit, fixed=True)
+        assert budget.shape(1) == limit
+        for _ in range(TRIAL - 1):
+            budget.earned(1, 60, 6, promised=2.0, emitted=4)
+        chosen[name] = budget.shape(1)
+        assert chosen[name] in budget.sizes()
+        assert chosen[name].prices == ()
+    assert chosen["flat"].nodes > chosen["steep"].nodes
+    budget = Budget(steep, limit, fixed=True)
+    for _ in range(TRIAL):
+        budget.earned(1, 60, 6, promised=2.0, emitted=1)
+    assert budget.shape(1) == PLAIN
+    assert [(s.depth, s.nodes) for s in budget.sizes()] == [(6, 60), (5, 30), (4, 15), (3, 7)]

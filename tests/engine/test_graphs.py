@@ -7,43 +7,14 @@ from collections.abc import Callable
 import engines
 import pytest
 import torch
+from recordings import Broken, Forgetful, Replaying
 
 from specdec.drafting.ngram import NgramDrafter
 from specdec.drafting.protocol import Shape
-from specdec.engine.graphs import NODES, GraphedTarget, Work, graphed
+from specdec.engine.graphs import NODES, GraphedTarget, graphed
 from specdec.sampling import Sampling
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [40, 41, 42, 40, 41], [9] * 6]
-
-
-class Replaying:
-    """Does the work again; outputs of earlier runs are spoilt, as a graph's static outputs are overwritten."""
-
-    def __init__(self) -> None:
-        self.recorded, self.replayed = 0, 0
-
-    def record(self, work: Work) -> Work:
-        self.recorded += 1
-        work()
-
-        def again() -> None:
-            self.replayed += 1
-            work()
-
-        return again
-
-
-class Broken:
-    def record(self, work: Work) -> Work:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
-class Forgetful:
-    """Replays nothing: what the first run gave stays."""
-
-    def record(self, work: Work) -> Work:
-        work()
-        return lambda: None
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])

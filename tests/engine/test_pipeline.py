@@ -8,6 +8,7 @@ import engines
 import pytest
 import torch
 from host_reads import HostReads
+from recordings import Replaying
 
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.none import NoDrafter
@@ -24,28 +25,6 @@ SHAPES = (Shape(1, 4, 5), WIDE, Shape(8, 1, 9), FULL)
 PROMPTS = [[5, 6, 7, 8] * 6, [40, 41, 42, 40, 41], [9, 30, 31] * 7, [60, 3, 60, 4, 60, 5]]
 LENGTHS = (22, 9, 16, 30)
 Targets = Callable[..., Target]
-
-
-class Replaying:
-    """Does the work again. Recording does it, too, as warming up does; the first replays are watched."""
-
-    def __init__(self) -> None:
-        self.recorded, self.replayed, self.reads = 0, 0, list[str]()
-
-    def record(self, work: Work) -> Work:
-        self.recorded += 1
-        work()
-        watched = iter(range(2))
-
-        def again() -> None:
-            self.replayed += 1
-            if next(watched, None) is None:
-                return work()
-            with HostReads() as found:
-                work()
-            self.reads += found
-
-        return again
 
 
 def _ahead(machine: Engine, recording: Replaying | None = None) -> Engine:
