@@ -1,4 +1,4 @@
-"""`python -m bench.steps`: one forward over trees of 1 to 64 nodes, plain and captured, each against its floor.
+"""`python -m bench.steps`: one forward over trees of 1 to 64 nodes, drafting, whole rounds; each against its floor.
 
 The floor of a step is the time that reading all weights and the committed keys and values takes at the measured copy
 bandwidth. Targets are named as for `specdec generate`; `random-8b` is an 8B Llama with random weights, for mechanics
@@ -21,11 +21,16 @@ from rich.table import Table
 
 from bench.ceilings import ceilings
 from bench.record import append
+from bench.whole_round import measure as measure_rounds
+from bench.whole_round import random_head
 from specdec.attention.choose import choose_attention
 from specdec.attention.protocol import tree_rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
+from specdec.engine.build import parse_tree
 from specdec.engine.graphs import CudaRecording, GraphedTarget
+from specdec.head.checkpoint import load_head
+from specdec.head.pretrained import shipped_head
 from specdec.target.lean import LeanConfig, LeanDecoder
 from specdec.target.load import LeanTarget, load_target
 from specdec.target.protocol import Target, TargetInfo
@@ -33,6 +38,7 @@ from specdec.tree import chain
 
 REPEATS = 15
 RANDOM = "random-8b"
+DRAFT_VOCAB = 32000  # of a random head
 EIGHT_B = LeanConfig(
     vocab=128256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, eps=1e-5, theta=5e5,
     scaling=None, max_length=8192, qkv_bias=False, out_bias=False, qk_norm=False, tied=False, windows=(None,) * 32,
@@ -115,6 +121,50 @@ def measure(
             yield row
 
 
+def whole_rounds(
+    target: LeanTarget, args: argparse.Namespace, bandwidth: float | None
+) -> Iterator[dict[str, Any]]:
+    """One row per batch for the default tree: drafting alone, and the round as one program, one ahead of the host."""
+    info, shape = target.info, parse_tree(args.tree)
+    assert shape is not None
+    shipped = shipped_head(info.name)
+    if shipped is None:
+        head = random_head(target, DRAFT_VOCAB)
+    else:
+        head = load_head(shipped, target_layers=info.layers, dtype=info.dtype, device=info.device)
+        head.freeze()
+    for row in measure_rounds(target, head, args.batches, shape, args.prefix, median_ms):
+        if bandwidth is not None:
+            verify = weight_bytes(target) + row["batch"] * args.prefix * info.cache.row_bytes()
+            row["draft_floor_ms"] = round(1e3 * row["draft_bytes"] / bandwidth, 4)
+            row["floor_ms"] = round(row["draft_floor_ms"] + 1e3 * verify / bandwidth, 4)
+        yield row
+
+
+def round_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Milliseconds of drafting and of whole rounds, the best over its floor."""
+    made = Table(
+        "target",
+        "batch",
+        "nodes",
+        "draft ms",
+        "captured",
+        "floor",
+        "round ms",
+        "captured",
+        "floor",
+        "x floor",
+    )
+    for row in rows:
+        best = min(row["plain_round_ms"], row.get("captured_round_ms", row["plain_round_ms"]))
+        cells = [row["target"], str(row["batch"]), str(row["nodes"])]
+        for key in ("plain_draft_ms", "captured_draft_ms", "draft_floor_ms",
+                    "plain_round_ms", "captured_round_ms", "floor_ms"):  # fmt: skip
+            cells.append(f"{row[key]:.3f}" if key in row else "")
+        made.add_row(*cells, f"{best / row['floor_ms']:.2f}" if "floor_ms" in row else "")
+    return made
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Milliseconds, and the best over the floor."""
     made = Table("target", "attention", "batch", "nodes", "plain ms", "captured ms", "floor ms", "x floor")
@@ -135,9 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--prefix", type=int, default=1024)
+    parser.add_argument("--tree", default="7/10/60", help="of the whole rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    device, rows = torch.device(args.device), list[dict[str, Any]]()
+    device, rows, rounds = torch.device(args.device), list[dict[str, Any]](), list[dict[str, Any]]()
     bandwidth = None
     if device.type == "cuda":
         ceiling = ceilings()
@@ -150,8 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in measure(target, args, bandwidth):
             rows.append(row)
             append("steps", [row])
+        for row in whole_rounds(target, args, bandwidth):
+            rounds.append(row)
+            append("steps", [row])
         del target
     Console().print(table(rows))
+    Console().print(round_table(rounds))
     return 0
 
 

@@ -25,12 +25,12 @@ from specdec.target.protocol import Target
 LIMITS = Limits(slots=3, length=128, chunk=16)
 
 
-def load(directory: Path, arch: str, backend: Literal["lean", "adapter"]) -> Target:
+def load(directory: Path, arch: str, backend: Literal["lean", "adapter"], device: str = "cpu") -> Target:
     """The tiny model of an architecture in float32, saved under `directory` at first use."""
     path = directory / arch
     if not path.is_dir():
         tiny.save(arch, directory)
-    return load_target(str(path), dtype=torch.float32, prefer=backend).target
+    return load_target(str(path), dtype=torch.float32, device=device, prefer=backend).target
 
 
 def attention_of(target: Target) -> str:
@@ -56,7 +56,7 @@ def random_head(target: Target, ids: Iterable[int], seed: int = 0) -> DraftHead:
 
 def eagle(target: Target, head: DraftHead, limits: Limits = LIMITS) -> EagleDrafter:
     """A drafter over a frozen head."""
-    head.freeze()
+    head.to(target.info.device).freeze()
     return EagleDrafter(head, target.embed, ReferenceAttention(), limits.slots, limits.length)
 
 

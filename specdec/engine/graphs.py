@@ -42,6 +42,9 @@ class CudaRecording:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._first: torch.cuda.CUDAGraph | None = (
+            None  # a pool whose last graph is gone cannot be captured into
+        )
 
     def record(self, work: Work) -> Work:
         """Warm up on a side stream, then capture."""
@@ -54,7 +57,7 @@ class CudaRecording:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             work()
-        self._pool = graph.pool()
+        self._pool, self._first = graph.pool(), self._first or graph
         graph.replay()  # capturing computes nothing
         return graph.replay
 

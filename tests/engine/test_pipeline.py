@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import engines
 import pytest
@@ -14,7 +15,7 @@ from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.engine import Engine, Limits
-from specdec.engine.graphs import Work
+from specdec.engine.graphs import CudaRecording, Work
 from specdec.engine.pipeline import Pipeline
 from specdec.engine.request import Request
 from specdec.sampling import Sampling
@@ -309,3 +310,53 @@ def test_a_recording_that_fails_leaves_rounds_step_by_step(target_of: Targets, p
         engines.run(machine, requests, apart=2)
     assert machine.pipeline is None
     assert [r.output for r in requests] == plain("llama")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampled", [False, True])
+def test_captured_rounds_ask_nothing_and_give_plain_tokens(
+    tmp_path_factory: pytest.TempPathFactory, sampled: bool
+) -> None:
+    """On a device, with waiting forbidden from the launch of a recorded round to its end."""
+    home = tmp_path_factory.mktemp("device")
+    target = engines.load(home, "llama", "lean", device="cuda")
+    wanted = _alone(target, _requests(sampled))
+    shape, recording = WIDE, _Forbidding()
+    machine = engines.engine(target, _head(target, wanted), shape)
+    machine.pipeline = Pipeline(target, machine.drafter, machine.cache, shape.depth, recording)
+    requests = _requests(sampled)
+    engines.run(machine, requests, apart=2)
+    assert machine.pipeline is not None
+    assert recording.replayed > 8
+    assert [r.output for r in requests] == wanted
+    assert machine.counters.tau > 1.02
+
+
+class _Forbidding:
+    """CUDA graphs; the work is first done once as it is, and replays are launched, with waiting forbidden."""
+
+    def __init__(self) -> None:
+        self.inner, self.replayed = CudaRecording(), 0
+
+    def record(self, work: Work) -> Work:
+        work()  # builds tables and kernels, which may wait
+        with _no_waiting():
+            work()
+        replay = self.inner.record(work)
+
+        def again() -> None:
+            self.replayed += 1
+            with _no_waiting():
+                replay()
+
+        return again
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
