@@ -130,13 +130,25 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
         """x: [B, N, H] -> [B, N, H]."""
-        b, n, _ = x.shape
-        heads = self.qkv(self.input_norm(x)).view(b, n, self.heads + 2 * self.kv_heads, self.head_dim)
-        queries = self._place(heads, step, layer)
+        queries = self._place(self.heads_of(x), step, layer)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
-        x = x + self.out(seen.reshape(b, n, -1))
-        y: Tensor = x + self.down(gated(self.gate_up(self.mlp_norm(x))))
-        return y
+        return self.leave(x, seen)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """Queries, keys and values before they are turned: [B, N, heads + 2 * kv_heads, D]."""
+        heads: Tensor = self.qkv(self.input_norm(x))
+        return heads.view(*x.shape[:2], self.heads + 2 * self.kv_heads, self.head_dim)
+
+    def enter(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything before attention: turned queries and keys [B, N, heads + kv_heads, D], values."""
+        return self._turn(self.heads_of(x), cos, sin)
+
+    def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        turned = self.heads + self.kv_heads
+        qk = heads[:, :, :turned]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], dim=2)
+        return rotate(qk, cos, sin), heads[:, :, turned:]
 
     def _place(self, heads: Tensor, step: Step, layer: int) -> Tensor:
         """Turn queries and keys to their positions, store keys and values; returns the queries [B, N, heads, D]."""
@@ -144,13 +156,15 @@ class Block(nn.Module):
         if self.q_norm is None and can_place(heads, plane):
             place(heads, step.cos, step.sin, plane, index.slots, index.indices)
             return heads[:, :, : self.heads]
-        turned = self.heads + self.kv_heads
-        qk = heads[:, :, :turned]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], dim=2)
-        qk = rotate(qk, step.cos, step.sin)
-        step.cache.write(layer, index, qk[:, :, self.heads :], heads[:, :, turned:])
+        qk, values = self._turn(heads, step.cos, step.sin)
+        step.cache.write(layer, index, qk[:, :, self.heads :], values)
         return qk[:, :, : self.heads]
+
+    def leave(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Everything after attention: seen [B, N, heads, D] -> [B, N, H]."""
+        x = x + self.out(seen.flatten(2))
+        y: Tensor = x + self.down(gated(self.gate_up(self.mlp_norm(x))))
+        return y
 
 
 @dataclass(frozen=True, slots=True)
