@@ -1,277 +1,250 @@
-"""`python -m bench.serving --url http://127.0.0.1:8000`: load on a running OpenAI-compatible server.
+"""`python -m bench.serving --start specdec plain`: servers under load, side by side.
 
-Closed loop (a fixed number of clients, each asking again when answered) and open loop (Poisson arrivals that wait for
-nobody). Every point runs with and without speculation on the same server, in alternating order, and is appended to
-`results/serving.jsonl` as it ends. Any server that streams chat completions with `usage` can be measured with
-`--modes speculative`; `plain` uses our field `speculate`. Knows nothing of engines.
+Starts the servers it is told to (or takes running ones by URL) and measures three things:
+
+    each set, one client     every prompt is answered by every system, in an order that rotates from prompt to prompt
+    closed loop              so many clients, each asking again when answered; systems in turn
+    open loop                Poisson arrivals that wait for nobody; systems in turn
+
+A system is a server asked in one way; `specdec` is asked with and without speculation, so that one process is
+compared with itself. Ratios are of tokens per second of latency over the same prompts, with bootstrap intervals.
+Rows are appended to `results/serving.jsonl` as they are measured. Knows no engine, only `load` and `servers`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
-import json
 import random
-import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.intervals import Timed, interval
+from bench.load import (
+    Load,
+    Messages,
+    System,
+    Trace,
+    arriving,
+    ask,
+    browser,
+    closed,
+    in_turn,
+    scrape,
+    since,
+    summarise,
+    tau,
+)
 from bench.record import append, digest
+from bench.servers import KINDS, VLLM_ENV, Setup, command, running, systems_at
 from specdec.cli.prompts import read_dialogues
 from specdec.errors import SpecdecError
 
-PROMPTS = Path(__file__).parent / "prompts" / "chat.jsonl"
-MODES = ("speculative", "plain")
-COUNTERS = {  # what tau is made of, ours first
-    "specdec:round_tokens_total": "tokens",
-    "specdec:rounds_total": "rounds",
-    "vllm:spec_decode_num_drafts_total": "drafts",
-    "vllm:spec_decode_num_accepted_tokens_total": "accepted",
-}
-
-Messages = list[dict[str, str]]
+PROMPTS = Path(__file__).parent / "prompts"
+SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
+WARM_UP: Messages = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What is asked of the server.
+class Bench:
+    """What stays the same: who is asked and how.
 
     Attributes:
-        url, model: the server's root and the model's name on it.
-        conversations: first turns, taken in turn.
-        max_tokens, temperature: of every request; the end of sequence is ignored, so that answers are equally long.
-        requests: per point.
-        first_slo, token_slo: seconds to the first token and per token after it that make a request good.
-        seed: of arrivals and of the order of conversations.
+        systems: in the order of the command line.
+        load: of every request.
+        common: what every row says.
     """
 
-    url: str
-    model: str
-    conversations: Sequence[Messages]
-    max_tokens: int
-    temperature: float
-    requests: int
-    first_slo: float
-    token_slo: float
-    seed: int
+    systems: Sequence[System]
+    load: Load
+    common: Mapping[str, Any]
+
+    def rows(
+        self, point: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], told: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """One row per system, with its ratio over every other; appended to the results."""
+        rows = []
+        for name, mine in traces.items():
+            row = {**self.common, **point, "system": name, **told[name]}
+            for other, theirs in traces.items():
+                if other != name and (pair := _both(mine, theirs)):
+                    row[f"over_{other}"], row[f"over_{other}_ci"] = interval(*pair, ratio=True)
+            rows.append(row)
+        append("serving", rows)
+        return rows
 
 
-@dataclass(slots=True)
-class Trace:
-    """One request as its client saw it, in seconds of one clock; `chunks` are arrivals that held text."""
-
-    sent: float
-    chunks: list[float] = field(default_factory=list)
-    tokens: int = 0
-    error: str | None = None
-
-    @property
-    def first(self) -> float:
-        return self.chunks[0] - self.sent
-
-    @property
-    def per_token(self) -> float:
-        """Seconds per token after the first."""
-        return (self.chunks[-1] - self.chunks[0]) / max(self.tokens - 1, 1)
+def _both(mine: Sequence[Trace], theirs: Sequence[Trace]) -> tuple[list[Timed], list[Timed]] | None:
+    """(tokens, latency) of the prompts that both answered; None when there is none."""
+    good = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.error is None and b.error is None]
+    if not good:
+        return None
+    left, right = ([(float(t.tokens), t.ended - t.sent) for t in side] for side in zip(*good, strict=True))
+    return left, right
 
 
-async def ask(client: httpx.AsyncClient, load: Load, mode: str, messages: Messages) -> Trace:
-    """One streamed request."""
-    body = {"model": load.model, "messages": messages, "max_tokens": load.max_tokens, "stream": True,
-            "temperature": load.temperature, "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
-    if mode == "plain":
-        body["speculate"] = False
-    trace = Trace(time.perf_counter())
-    try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            if answer.status_code != 200:
-                trace.error = f"{answer.status_code} {(await answer.aread()).decode()[:200]}"
-            async for line in answer.aiter_lines():
-                _read(trace, line)
-    except httpx.HTTPError as error:
-        trace.error = repr(error)
-    if trace.error is None and not trace.chunks:
-        trace.error = "no text"
-    return trace
+async def warm_up(bench: Bench) -> None:
+    """One answer of every system, which nobody counts. Raises SpecdecError when one of them fails."""
+    async with browser() as web:
+        for system in bench.systems:
+            trace = await ask(web, bench.load, system, WARM_UP)
+            if trace.error is not None:
+                raise SpecdecError(f"does not answer: {trace.error}", field="server", value=system.url)
 
 
-def _read(trace: Trace, line: str) -> None:
-    """Note what one line of a stream says."""
-    data = line.removeprefix("data: ")
-    if data == line or data == "[DONE]":
-        return
-    chunk = json.loads(data)
-    if "error" in chunk:
-        trace.error = chunk["error"]["message"]
-        return
-    if any(choice["delta"].get("content") for choice in chunk["choices"]):
-        trace.chunks.append(time.perf_counter())
-    if chunk.get("usage"):
-        trace.tokens = chunk["usage"]["completion_tokens"]
+async def one_by_one(bench: Bench, name: str, asked: Sequence[Messages]) -> list[dict[str, Any]]:
+    """One client: each prompt goes to every system before the next prompt, in an order that rotates."""
+    systems = bench.systems
+    traces: dict[str, list[Trace]] = {system.name: [] for system in systems}
+    grown: dict[str, dict[str, float]] = {system.name: {} for system in systems}
+    async with browser() as web:
+        for number, messages in enumerate(asked):
+            turn = number % len(systems)
+            for system in [*systems[turn:], *systems[:turn]]:
+                before = await scrape(web, system.url)
+                traces[system.name].append(await ask(web, bench.load, system, messages))
+                _add(grown[system.name], since(before, await scrape(web, system.url)))
+    told = {}
+    for system in systems:
+        mine = traces[system.name]
+        busy = sum(trace.ended - trace.sent for trace in mine)
+        told[system.name] = {**summarise(bench.load, mine, busy), "tau": tau(grown[system.name])}
+    return bench.rows({"set": name, "loop": "closed", "clients": 1}, traces, told)
 
 
-Ask = Callable[[], Awaitable[Trace]]
+async def together(
+    bench: Bench, asked: Sequence[Messages], *, clients: int | None = None, rate: float | None = None
+) -> list[dict[str, Any]]:
+    """`clients` in a closed loop or arrivals at `rate`, over all systems in an order drawn by the seed."""
+    traces, told = {}, {}
+    order = list(bench.systems)
+    random.Random(f"{bench.load.seed}/{clients}/{rate}").shuffle(order)
+    async with browser() as web:
+        for system in order:
+            before, began = await scrape(web, system.url), time.perf_counter()
+
+            async def one(messages: Messages, system: System = system) -> Trace:
+                return await ask(web, bench.load, system, messages)
+
+            if rate is None:
+                traces[system.name] = await closed(one, asked, clients or 1)
+            else:
+                traces[system.name] = await arriving(one, asked, rate, bench.load.seed)
+            seconds = time.perf_counter() - began
+            grown = since(before, await scrape(web, system.url))
+            told[system.name] = {**summarise(bench.load, traces[system.name], seconds), "tau": tau(grown)}
+    point = {"loop": "closed", "clients": clients} if rate is None else {"loop": "open", "rate": rate}
+    named = {system.name: traces[system.name] for system in bench.systems}
+    return bench.rows({"set": "mixed", **point}, named, told)
 
 
-async def closed(one: Ask, clients: int, requests: int) -> list[Trace]:
-    """`clients` at a time, each asking again as soon as it is answered."""
-    left, traces = iter(range(requests)), list[Trace]()
-
-    async def loop() -> None:
-        for _ in left:
-            traces.append(await one())
-
-    await asyncio.gather(*(loop() for _ in range(clients)))
-    return traces
+def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0.0) + value
 
 
-async def arriving(one: Ask, rate: float, requests: int, seed: int) -> list[Trace]:
-    """Poisson arrivals at `rate` per second; nobody waits for anybody."""
-    draw, waiting = random.Random(seed), list[asyncio.Future[Trace]]()
-    for _ in range(requests):
-        waiting.append(asyncio.ensure_future(one()))
-        await asyncio.sleep(draw.expovariate(rate))
-    return await asyncio.gather(*waiting)
-
-
-async def measure(
-    load: Load, mode: str, *, clients: int | None = None, rate: float | None = None
-) -> dict[str, Any]:
-    """One point: `clients` in a closed loop, or arrivals at `rate`."""
-    order = list(load.conversations)
-    random.Random(load.seed).shuffle(order)
-    turns: Iterator[Messages] = itertools.cycle(order)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=load.url, timeout=600, limits=limits) as client:
-        before, began = await scrape(client), time.perf_counter()
-
-        def one() -> Awaitable[Trace]:
-            return ask(client, load, mode, next(turns))
-
-        if rate is None:
-            traces = await closed(one, clients or 1, load.requests)
-        else:
-            traces = await arriving(one, rate, load.requests, load.seed)
-        seconds, after = time.perf_counter() - began, await scrape(client)
-    where = {"loop": "closed", "clients": clients} if rate is None else {"loop": "open", "rate": rate}
-    return {"mode": mode, **where, **summarise(load, traces, seconds), "tau": tau(before, after)}
-
-
-def summarise(load: Load, traces: Sequence[Trace], seconds: float) -> dict[str, Any]:
-    """Latencies in milliseconds, throughput, goodput.
-
-    Gaps are between arrivals of text, as a reader sees them: with speculation fewer, and each of several tokens.
-    """
-    good = [trace for trace in traces if trace.error is None]
-    gaps = [b - a for trace in good for a, b in itertools.pairwise(trace.chunks)]
-    met = [t for t in good if t.first <= load.first_slo and t.per_token <= load.token_slo]
-    tokens = sum(trace.tokens for trace in good)
-    return {
-        "requests": len(traces),
-        "errors": len(traces) - len(good),
-        "first_error": next((trace.error for trace in traces if trace.error), None),
-        "seconds": round(seconds, 3),
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 2),
-        "goodput_per_second": round(len(met) / seconds, 4),
-        **_spread("ttft_ms", [trace.first for trace in good]),
-        **_spread("itl_ms", gaps),
-        **_spread("per_token_ms", [trace.per_token for trace in good]),
-    }
-
-
-def _spread(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """Median and 99th percentile in milliseconds."""
-    if len(seconds) < 2:
-        value = round(1000 * seconds[0], 3) if seconds else None
-        return {f"{name}_p50": value, f"{name}_p99": value}
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    return {f"{name}_p50": round(1000 * cuts[49], 3), f"{name}_p99": round(1000 * cuts[98], 3)}
-
-
-async def scrape(client: httpx.AsyncClient) -> dict[str, float]:
-    """The counters behind tau; those a server does not have are missing."""
-    answer = await client.get("/metrics")
-    found: dict[str, float] = {}
-    for line in answer.text.splitlines() if answer.status_code == 200 else ():
-        name = COUNTERS.get(line.split("{", 1)[0])
-        if name is not None:
-            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
-    return found
-
-
-def tau(before: dict[str, float], after: dict[str, float]) -> float | None:
-    """Tokens per target forward between two scrapes; from drafts alone where a server counts no rounds."""
-    since = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    if since.get("rounds"):
-        return round(since["tokens"] / since["rounds"], 4)
-    if since.get("drafts"):
-        return round(1 + since["accepted"] / since["drafts"], 4)
-    return None
-
-
-def model_of(url: str) -> str:
-    """The first model a server lists. Raises SpecdecError when there is no server."""
-    try:
-        return str(httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise SpecdecError(f"no OpenAI-compatible server answers: {error}", field="url", value=url) from None
+def conversations(name: str, limit: int | None = None) -> list[Messages]:
+    """First turns of a set."""
+    rows = read_dialogues(PROMPTS / f"{name}.jsonl")[:limit]
+    return [[*row.messages, {"role": "user", "content": row.turns[0]}] for row in rows]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.serving", description="Load on an OpenAI-compatible server.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--label", default="specdec", help="name of the server in the results")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--clients", nargs="*", type=int, default=[1, 2, 4, 8, 16], help="closed loop")
-    parser.add_argument("--rates", nargs="*", type=float, default=[], help="open loop, requests per second")
-    parser.add_argument("--requests", type=int, default=32, help="per point")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--first-slo", type=float, default=2.0, metavar="SECONDS", help="to the first token")
-    parser.add_argument("--token-slo", type=float, default=0.1, metavar="SECONDS", help="per token after it")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    where = parser.add_argument_group("servers")
+    where.add_argument("--start", nargs="*", default=[], choices=KINDS, help="servers to start")
+    where.add_argument(
+        "--url", action="append", default=[], metavar="KIND=URL", help="a server that runs already"
+    )
+    where.add_argument("--target", default="smollm2-135m")
+    where.add_argument("--draft", default="auto", help="of our server")
+    where.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    where.add_argument("--slots", type=int, default=16, help="requests at once")
+    where.add_argument("--vllm-env", type=Path, default=VLLM_ENV)
+    where.add_argument("--head", type=Path, default=None, help="vLLM's draft head (default: the shipped one)")
+    where.add_argument("--chain", type=int, default=3, help="drafts of vLLM's chain")
+    what = parser.add_argument_group("load")
+    what.add_argument("--sets", nargs="*", default=list(SETS), choices=SETS)
+    what.add_argument(
+        "--each", type=int, default=8, help="prompts of each set for one client; 0 leaves this out"
+    )
+    what.add_argument(
+        "--clients", nargs="*", type=int, default=[2, 4, 8, 16], help="closed loop over all sets"
+    )
+    what.add_argument("--rates", nargs="*", type=float, default=[], help="open loop, requests per second")
+    what.add_argument("--requests", type=int, default=32, help="per point of a loop")
+    what.add_argument("--max-tokens", type=int, default=128)
+    what.add_argument("--temperature", type=float, default=0.0)
+    what.add_argument("--first-slo", type=float, default=2.0, metavar="SECONDS", help="to the first token")
+    what.add_argument("--token-slo", type=float, default=0.1, metavar="SECONDS", help="per token after it")
+    what.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+async def measure(bench: Bench, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Every point, printed as it ends."""
+    rows: list[dict[str, Any]] = []
+    await warm_up(bench)
+
+    def note(made: list[dict[str, Any]]) -> None:
+        rows.extend(made)
+        console.print(table(made))
+
+    for name in args.sets if args.each else ():
+        note(await one_by_one(bench, name, conversations(name, args.each)))
+    asked = in_turn([conversations(name) for name in args.sets], args.requests)
+    for clients in args.clients:
+        note(await together(bench, asked, clients=clients))
+    for rate in args.rates:
+        note(await together(bench, asked, rate=rate))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every point; exit code 1 when a request failed."""
     args = _arguments(argv)
-    firsts: list[Messages] = [
-        [*row.messages, {"role": "user", "content": row.turns[0]}] for row in read_dialogues(args.prompts)
-    ]
-    load = Load(args.url, model_of(args.url), firsts, args.max_tokens, args.temperature, args.requests,
-                args.first_slo, args.token_slo, args.seed)  # fmt: skip
-    common = {"server": args.label, "model": load.model, "prompts": args.prompts.name, "seed": args.seed,
-              "prompts_hash": digest(args.prompts), "max_tokens": args.max_tokens,
-              "temperature": args.temperature}  # fmt: skip
-    points: list[dict[str, Any]] = [{"clients": n} for n in args.clients] + [{"rate": r} for r in args.rates]
-    rows = []
-    for turn, point in enumerate(points):
-        for mode in args.modes if turn % 2 == 0 else reversed(args.modes):
-            rows.append({**common, **asyncio.run(measure(load, mode, **point))})
-            append("serving", rows[-1:])
-    Console().print(table(rows))
+    load = Load(args.max_tokens, args.temperature, args.first_slo, args.token_slo, args.seed)
+    common = {"target": args.target, "dtype": args.dtype, "draft": args.draft, "slots": args.slots, "seed": args.seed,
+              "max_tokens": args.max_tokens, "temperature": args.temperature, "slo": [args.first_slo, args.token_slo],
+              "prompt_hashes": {name: digest(PROMPTS / f"{name}.jsonl") for name in args.sets}}  # fmt: skip
+    setup = Setup(args.target, args.draft, args.dtype, args.slots, args.vllm_env, args.head, args.chain)
+    with ExitStack() as stack:
+        places = [tuple(one.split("=", 1)) for one in args.url]
+        for kind in args.start:
+            places.append((kind, stack.enter_context(running(*command(kind, setup))).url))
+        systems = [system for kind, url in places for system in systems_at(kind, url)]
+        if not systems:
+            raise SpecdecError("no server is named", field="start, url", remedy="Try --start specdec plain.")
+        rows = asyncio.run(measure(Bench(systems, load, common), args, Console()))
     return int(any(row["errors"] for row in rows))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The points, one per line."""
-    shown = ("mode", "loop", "clients", "rate", "tokens_per_second", "goodput_per_second", "ttft_ms_p50",
-             "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "tau", "errors")  # fmt: skip
-    made = Table(*shown)
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One point, a line per system."""
+    first = rows[0]
+    loop = f"{first['clients']} clients" if first["loop"] == "closed" else f"{first['rate']:g} requests/s"
+    shown = ("system", "tokens_per_second", "goodput_per_second", "ttft_ms_p50", "ttft_ms_p99", "itl_chunk_ms_p50",
+             "itl_chunk_ms_p99", "itl_token_ms_p50", "itl_token_ms_p99", "tau", "errors")  # fmt: skip
+    made = Table(
+        *(name.replace("_", " ") for name in shown), "over the others", title=f"{first['set']}, {loop}"
+    )
     for row in rows:
-        made.add_row(*("" if row.get(key) is None else str(row[key]) for key in shown))
+        ratios = [
+            f"{row[key]:.2f} {row[key + '_ci']}"
+            for key in row
+            if key.startswith("over_") and key + "_ci" in row
+        ]
+        made.add_row(*("" if row.get(key) is None else str(row[key]) for key in shown), "; ".join(ratios))
     return made
 
 

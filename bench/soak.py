@@ -12,8 +12,6 @@ import argparse
 import asyncio
 import random
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.record import append
+from bench.servers import Server, Setup, command, running
 from specdec.cli.prompts import read_dialogues
 from specdec.engine.build import Options
 from specdec.generate import SpecDecoder
@@ -155,13 +154,13 @@ async def watch(pid: int, until: float, tally: Tally, tick: Any) -> None:
         await asyncio.sleep(1)
 
 
-async def load(url: str, pid: int, known: Sequence[Known], minutes: float, clients: int, tick: Any) -> Tally:
+async def load(server: Server, known: Sequence[Known], minutes: float, clients: int, tick: Any) -> Tally:
     """All clients at once; afterwards the server must hold nothing."""
     tally, until = Tally(), time.monotonic() + 60 * minutes
-    async with httpx.AsyncClient(base_url=url, timeout=300) as web:
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as web:
         model = (await web.get("/v1/models")).json()["data"][0]["id"]
         asking = [client(web, model, known, until, tally, seed) for seed in range(clients)]
-        await asyncio.gather(watch(pid, until, tally, tick), *asking)
+        await asyncio.gather(watch(server.process.pid, until, tally, tick), *asking)
         await asyncio.sleep(2)
         text = (await web.get("/metrics")).text
         for name in ("running", "waiting"):
@@ -182,19 +181,6 @@ def drift(memory: Sequence[tuple[float, float]]) -> float:
     return median(0.9, 1.0) / median(WARM_UP, WARM_UP + 0.1) - 1
 
 
-def serve(target: str, draft: str, slots: int) -> tuple[subprocess.Popen[str], str]:
-    """Our server on a free port; returns when it says where."""
-    command = [sys.executable, "-m", "specdec.cli.main", "serve", target, "--draft", draft, "--port", "0",
-               "--dtype", "float32", "--slots", str(slots)]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        found = re.search(r"http://\S+", line)
-        if found and "slots" in line:
-            return process, found[0]
-    raise RuntimeError("the server did not start")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; exit code 1 when anything was wrong."""
     parser = argparse.ArgumentParser(
@@ -208,16 +194,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts-each", type=int, default=4, help="prompts of each set")
     args = parser.parse_args(argv)
     known = offline(args.target, args.prompts_each)
-    process, url = serve(args.target, args.draft, args.slots)
-    try:
-        with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task("load", total=60 * args.minutes)
-            work = load(url, process.pid, known, args.minutes, args.clients, lambda: progress.advance(bar))
-            tally = asyncio.run(work)
-    finally:
-        process.send_signal(signal.SIGTERM)
+    setup = Setup(args.target, args.draft, "float32", args.slots)
+    with running(*command("specdec", setup)) as server, Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("load", total=60 * args.minutes)
+        work = load(server, known, args.minutes, args.clients, lambda: progress.advance(bar))
+        tally = asyncio.run(work)
         started = time.monotonic()
-        code = process.wait(timeout=120)
+        code = server.stop()
+        drained = time.monotonic() - started
     if code != 0:
         tally.wrong("drain", f"exit code {code}")
     grown = drift(tally.memory)
@@ -225,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "target": args.target, "draft": args.draft, "minutes": args.minutes, "clients": args.clients,
         "slots": args.slots, "counts": dict(tally.counts), "problems": tally.problems,
         "memory_mb": [round(mb) for _, mb in tally.memory[::30]], "memory_drift": round(grown, 4),
-        "drain_seconds": round(time.monotonic() - started, 2),
+        "drain_seconds": round(drained, 2),
     }  # fmt: skip
     append("soak", [row])
     Console().print(row)

@@ -6,7 +6,6 @@ hits all alike; speedups are ratios of totals over the same prompts, with bootst
 
 from __future__ import annotations
 
-import random
 import resource
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.intervals import SEED, interval
 from bench.record import append, digest
 from bench.systems import Run, System, our_systems, transformers_systems
 from specdec.cli.prompts import Dialogue, read_dialogues
@@ -23,9 +23,6 @@ from specdec.engine.build import Options
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.stats import total
-
-RESAMPLES = 1000
-SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +71,18 @@ def summarise(job: Job, runs: dict[str, list[list[Run]]], baseline: str = "plain
             "prompts": len(answers),
             "prompt_hash": digest(job.file),
         }
-        row["tokens_per_second"], row["tokens_per_second_ci"] = _interval(speed, speed, ratio=False)
+        row["tokens_per_second"], row["tokens_per_second_ci"] = interval(speed, speed, ratio=False)
         for other in (baseline, "transformers"):
             if other in runs and other != name:
                 base = [_median_speed(answer) for answer in runs[other]]
-                row[f"over_{other}"], row[f"over_{other}_ci"] = _interval(speed, base, ratio=True)
+                row[f"over_{other}"], row[f"over_{other}_ci"] = interval(speed, base, ratio=True)
                 row[f"same_tokens_as_{other}"] = _same(answers, runs[other])
         if ours := _decode(answers):
-            row["decode_tokens_per_second"], row["decode_tokens_per_second_ci"] = _interval(
+            row["decode_tokens_per_second"], row["decode_tokens_per_second_ci"] = interval(
                 ours, ours, ratio=False
             )
         if name != baseline and ours and (base := _decode(runs[baseline])):
-            row[f"decode_over_{baseline}"], row[f"decode_over_{baseline}_ci"] = _interval(
+            row[f"decode_over_{baseline}"], row[f"decode_over_{baseline}_ci"] = interval(
                 ours, base, ratio=True
             )
         if counters.rounds:
@@ -111,22 +108,6 @@ def _decode(answers: list[list[Run]]) -> list[tuple[float, float]]:
         (float(len(answer[0].tokens) - 1), statistics.median(seconds))
         for answer, seconds in zip(answers, times, strict=True)
     ]
-
-
-def _interval(
-    ours: list[tuple[float, float]], base: list[tuple[float, float]], *, ratio: bool
-) -> tuple[float, list[float]]:
-    """Rate over all prompts (or ratio of two) and its 95% bootstrap interval over prompts."""
-
-    def value(pick: Sequence[int]) -> float:
-        rate = sum(ours[i][0] for i in pick) / sum(ours[i][1] for i in pick)
-        return rate / (sum(base[i][0] for i in pick) / sum(base[i][1] for i in pick)) if ratio else rate
-
-    everyone = range(len(ours))
-    dice = random.Random(SEED)
-    draws = sorted(value(dice.choices(everyone, k=len(ours))) for _ in range(RESAMPLES))
-    low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]
-    return round(value(everyone), 3), [round(low, 3), round(high, 3)]
 
 
 def _same(left: list[list[Run]], right: list[list[Run]]) -> float:
