@@ -51,6 +51,7 @@ class EagleDrafter:
     """
 
     name = "eagle"
+    sources: tuple[str, ...] = ("head",)
 
     def __init__(
         self,

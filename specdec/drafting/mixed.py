@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -86,6 +87,7 @@ class MixedDrafter:
     advantages: list[_Advantage] = field(default_factory=lambda: [_Advantage(p) for p in PRIOR])
     name: str = field(default="eagle+ngram", init=False)
     taps: tuple[int, ...] = field(init=False)
+    sources: tuple[str, ...] = field(default=("head", "ngram"), init=False)
     _asked: _Asked | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -107,24 +109,41 @@ class MixedDrafter:
             return self.head.propose(context, shape)
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(context.roots)
-        found = self.lookup.sketch(context, replace(shape, level_floor=0.0))
+        found = self._may(context, "ngram", self.lookup.sketch(context, replace(shape, level_floor=0.0)))
         promised = max(shape.gain(falling(found)), 0.0)
         bucket = sum(promised >= edge for edge in PROMISES[1:])
         levels = 0
-        if not shape.prices or self.advantages[bucket].worth_asking():
+        if self._asks_head(context, shape, bucket):
             drafted = self.head.propose(context, replace(shape, prices=()))
-            levels = drafted.levels
-            found = [
-                merge(own, other, shape.nodes) for own, other in zip(found, of_tree(drafted), strict=True)
-            ]
+            levels, heads = drafted.levels, self._may(context, "head", of_tree(drafted))
+            found = [merge(own, other, shape.nodes) for own, other in zip(found, heads, strict=True)]
         nodes = shape.worth(falling(found))
-        if levels:
+        if levels and context.only is None:
             self._asked = _Asked(bucket, promised, shape.draft_price(levels) + shape.node_price(nodes))
         if nodes == 1:
             return replace(root_only(context.roots), levels=levels)
         return replace(
             to_tree([sketch.first(nodes) for sketch in found], context.roots.device), levels=levels
         )
+
+    def _asks_head(self, context: Context, shape: Shape, bucket: int) -> bool:
+        """Where somebody wants the head alone it is asked, where nobody may have it it is not; else where it pays."""
+        only = context.only or (None,)
+        if "head" in only:
+            return True
+        if all(one == "ngram" for one in only):
+            return False
+        return not shape.prices or self.advantages[bucket].worth_asking()
+
+    @staticmethod
+    def _may(context: Context, source: str, sketches: Sequence[Sketch]) -> list[Sketch]:
+        """Bare roots for requests that want another source alone."""
+        if context.only is None:
+            return list(sketches)
+        return [
+            sketch if one in (None, source) else sketch.first(1)
+            for sketch, one in zip(sketches, context.only, strict=True)
+        ]
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
         """Both hear what the target kept; after rounds with the head, what it was worth is noted."""

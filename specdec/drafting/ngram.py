@@ -110,6 +110,7 @@ class NgramDrafter:
 
     name = "ngram"
     taps: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ("ngram",)
 
     def __init__(self) -> None:
         self.calibration = Calibration()

@@ -14,6 +14,7 @@ class NoDrafter:
 
     name = "none"
     taps: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
 
     def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
         """Nothing to remember."""

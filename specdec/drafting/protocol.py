@@ -89,6 +89,8 @@ class Context:
         temperature: float32 [B], what the target's logits are divided by; 0 is greedy.
         draws: float64 [B, D] fresh random numbers for sampled chains, or None where trees are deterministic.
         fixed: the round is one program of fixed shapes: nobody may read these tensors on the host.
+        only: of each request, the one source that may draft for it (see `Drafter.sources`) or None for all of them;
+            None when nobody asks for one.
     """
 
     slots: Tensor
@@ -97,13 +99,21 @@ class Context:
     temperature: Tensor | None = None
     draws: Tensor | None = None
     fixed: bool = False
+    only: tuple[str | None, ...] | None = None
 
 
 class Drafter(Protocol):
-    """Proposes trees. State is kept per slot and forgotten with `release`."""
+    """Proposes trees. State is kept per slot and forgotten with `release`.
+
+    Attributes:
+        name: for people.
+        taps: layer inputs of the target it wants to see.
+        sources: where its drafts come from, "head" or "ngram"; a request may ask for one of them alone.
+    """
 
     name: str
     taps: tuple[int, ...]
+    sources: tuple[str, ...]
 
     def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
         """A request starts.

@@ -43,7 +43,8 @@ class Batch:
         sampling = BatchSampling.of([r.sampling for r in requests], vocab, device)
         fresh = torch.stack([r.fresh(2 * MAX_NODES) for r in requests]).to(device) if chains else None
         draws, tests = (None, None) if fresh is None else fresh.chunk(2, dim=1)
-        context = Context(columns[:, 0], columns[:, 1], columns[:, 2], sampling.temperature, draws)
+        only = tuple(r.only for r in requests) if any(r.only for r in requests) else None
+        context = Context(columns[:, 0], columns[:, 1], columns[:, 2], sampling.temperature, draws, only)
         seen = count_seen(requests, vocab, device, root=True) if sampling.penalties is not None else None
         return Batch(tuple(requests), context, sampling, draw_ahead(requests, sampling, device), seen, tests)
 

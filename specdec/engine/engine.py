@@ -125,8 +125,8 @@ class Engine:
     def _round(self, running: list[Request]) -> list[Piece]:
         speculate = [r.speculate for r in running]
         shape = self.budget.shape(len(running)) if any(speculate) else PLAIN
-        if shape.sampled and not all(speculate):
-            shape = PLAIN  # a sampled chain is verified as a whole batch or not at all
+        if shape.sampled and not all(r.speculate and r.only in (None, "head") for r in running):
+            shape = PLAIN  # a sampled chain comes of a head, and is verified as a whole batch or not at all
         if self.pipeline is not None and self.recorder is None and self.pipeline.fits(running, shape):
             return self._launch(self.pipeline, running, shape)
         pieces = self._land_all()

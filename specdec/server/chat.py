@@ -73,9 +73,8 @@ def routes(state: ServerState) -> APIRouter:
         limit = wishes.max_tokens_of(asked, state.length, len(prompt), None)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = wishes.sampling_of(asked, logprobs, limit)
-        wish = wishes.Wish(
-            wishes.new_id("chatcmpl"), sampling, asked.choices, grammar, asked.speculate is not False
-        )
+        drafting = wishes.drafting_of(state, asked)
+        wish = wishes.Wish(wishes.new_id("chatcmpl"), sampling, asked.choices, grammar, drafting)
         call = state.start(wishes.requests_of(state, wish, [prompt]))
         shape = ChatShape(state.vocabulary, bool(asked.logprobs))
         return await Reply(state, asked, call, shape, wish.id).respond(http)

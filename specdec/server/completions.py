@@ -130,7 +130,7 @@ def routes(state: ServerState) -> APIRouter:
             wishes.sampling_of(asked, asked.logprobs, max(limit, 1) if limit >= 0 else limit),
             asked.choices,
             grammar,
-            asked.speculate is not False,
+            wishes.drafting_of(state, asked),
             asked.logprobs if asked.echo else None,
         )
         call = state.start(wishes.requests_of(state, wish, prompts.ids))

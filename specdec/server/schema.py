@@ -80,7 +80,7 @@ class Generation(Strict):
     """What both endpoints share.
 
     Beyond OpenAI's: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos as in vLLM; `speculate` false runs
-    the request plainly; `return_spec_metrics` adds acceptance to the answer.
+    the request plainly; `draft` names who may draft for it; `return_spec_metrics` adds acceptance to the answer.
     """
 
     model: Text | None = None
@@ -103,6 +103,7 @@ class Generation(Strict):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     speculate: bool | None = None
+    draft: Literal["auto", "head", "ngram", "none"] | None = None
     return_spec_metrics: bool | None = None
     user: Text | None = None
 
@@ -122,6 +123,8 @@ class Generation(Strict):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true, and only with it")
+        if self.speculate is False and self.draft not in (None, "none"):
+            raise ValueError("draft goes with speculation; leave out speculate: false")
         return self
 
 

@@ -23,6 +23,14 @@ BATCH_SEED = 2**63  # seeds of further choices wrap here, where Sampling's range
 
 
 @dataclass(frozen=True, slots=True)
+class Drafting:
+    """Who drafts for a request: nobody (`speculate` False), the one source `only`, or all that the server has."""
+
+    speculate: bool = True
+    only: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
     """What every sequence of a call has in common.
 
@@ -31,7 +39,7 @@ class Wish:
         sampling: settings; choice i takes seed + i.
         choices: n.
         grammar: at its start, or None.
-        speculate: False runs plainly.
+        drafting: whether and how.
         prompt_logprobs: alternatives per prompt token, None without log-probabilities of the prompt.
     """
 
@@ -39,12 +47,26 @@ class Wish:
     sampling: Sampling
     choices: int
     grammar: TreeGrammar | None
-    speculate: bool
+    drafting: Drafting
     prompt_logprobs: int | None = None
 
 
 def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
+
+
+def drafting_of(state: ServerState, asked: Generation) -> Drafting:
+    """Who drafts. Raises RequestError for a source that this server does not have."""
+    sources = state.decoder.engine.drafter.sources
+    if asked.speculate is False or asked.draft == "none":
+        return Drafting(speculate=False)
+    if asked.draft in (None, "auto"):
+        return Drafting()
+    if asked.draft not in sources:
+        raise RequestError("does not draft on this server", field="draft", value=asked.draft,
+                           allowed=", ".join(("auto", "none", *sources)),
+                           remedy="Start it with another --draft.")  # fmt: skip
+    return Drafting(only=asked.draft)
 
 
 def sampling_of(asked: Generation, logprobs: int | None, max_tokens: int) -> Sampling:
@@ -118,7 +140,8 @@ def _request(state: ServerState, wish: Wish, prompt: tuple[int, ...], choice: in
         frozenset((*own, *sampling.stop_token_ids)),
         text=TextStream(decoder.decode, sampling.stop),
         constraint=None if wish.grammar is None else wish.grammar.fork(),
-        speculate=wish.speculate,
+        speculate=wish.drafting.speculate,
+        only=wish.drafting.only,
         prompt_logprobs=wish.prompt_logprobs,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import given, settings
@@ -192,3 +192,31 @@ def test_both_hear_of_slots() -> None:
     drafter.release(0)
     assert head.heard == []
     assert drafter.lookup._texts == {}
+
+
+def test_a_request_may_have_one_source_alone() -> None:
+    drafter, head, context = mixed([1, 2, 3, 4] * 6 + [1])
+    drafter.admit(1, torch.tensor([1, 2, 3, 4] * 6), torch.zeros(24, 1), 1)
+    two = Context(*(torch.cat([x, x]) for x in (context.slots, context.roots, context.lengths)))
+
+    def firsts(*only: str | None) -> list[set[int]]:
+        tree = drafter.propose(replace(two, slots=torch.tensor([0, 1]), only=only), Shape(6, 4, 8))
+        below = tree.depths == 1
+        return [
+            set(row[kept[: len(row)]].tolist())
+            for row, kept in zip(tree.tokens, below & _real(tree), strict=True)
+        ]
+
+    assert firsts(None, "ngram") == [{2, 5}, {2}]
+    assert firsts("head", "ngram") == [{5}, {2}]
+    before = head.asked
+    assert firsts("ngram", "ngram") == [{2}, {2}]
+    assert head.asked == before, "nobody may have it"
+    for advantage in drafter.advantages:
+        advantage.total, advantage.rounds = -1000.0, 100.0
+    drafter.propose(replace(two, slots=torch.tensor([0, 1]), only=("head", None)), PRICED)
+    assert head.asked == before + 1, "who wants the head alone gets it, paying or not"
+
+
+def _real(tree: DraftTree) -> Tensor:
+    return torch.arange(tree.nodes) < tree.sizes[:, None]

@@ -146,6 +146,10 @@ def test_acceptance_is_told_when_asked(http: httpx.Client) -> None:
     plain = post(http, **asked, return_spec_metrics=True, speculate=False)
     assert plain["choices"] == body["choices"]
     assert plain["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
+    for draft, steps in (("none", 0), ("ngram", told["num_spec_steps"]), ("auto", told["num_spec_steps"])):
+        drafted = post(http, **asked, return_spec_metrics=True, draft=draft)
+        assert drafted["choices"] == body["choices"]
+        assert drafted["metrics"]["speculative_decoding"]["num_spec_steps"] == steps
     assert "metrics" not in post(http, **asked)
     chunks = events(http, **asked, return_spec_metrics=True, stream_options={"include_usage": True})
     assert chunks[-1]["metrics"]["speculative_decoding"] == told
