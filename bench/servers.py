@@ -67,7 +67,7 @@ class Setup:
 
     target: str = "smollm2-135m"
     draft: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     slots: int = 16
     vllm_env: Path = VLLM_ENV
     head: Path | None = None

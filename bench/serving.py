@@ -45,6 +45,7 @@ from bench.load import (
 )
 from bench.record import append, digest
 from bench.servers import KINDS, VLLM_ENV, Setup, command, running, systems_at
+from specdec.cli.options import DTYPES
 from specdec.cli.prompts import read_dialogues
 from specdec.errors import SpecdecError
 
@@ -168,7 +169,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     where.add_argument("--target", default="smollm2-135m")
     where.add_argument("--draft", default="auto", help="of our server")
-    where.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    where.add_argument("--dtype", default="auto", choices=DTYPES)
     where.add_argument("--slots", type=int, default=16, help="requests at once")
     where.add_argument("--vllm-env", type=Path, default=VLLM_ENV)
     where.add_argument("--head", type=Path, default=None, help="vLLM's draft head (default: the shipped one)")

@@ -54,6 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from specdec.layers.linear import bound_kernel_caches
+
+    bound_kernel_caches()
     try:
         from specdec.server.limits import ServerLimits
         from specdec.server.listen import bind, make_server

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec import tree as trees
 from specdec.accept import Verdict
@@ -24,6 +25,7 @@ from specdec.cache import KVCache
 from specdec.drafting.growth import Growth
 from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
+from specdec.layers.linear import spare_rows
 from specdec.sampling import draw, spread
 from specdec.tree import MAX_NODES, DraftTree
 
@@ -189,21 +191,22 @@ class EagleDrafter:
         lane = self.lanes[slot]
         where = torch.tensor([slot], device=tokens.device)
         for start in range(0, len(tokens), CHUNK):
-            part = tokens[None, start : start + CHUNK]
-            rows = chunk_rows(where, torch.tensor([lane.rows], device=tokens.device), part.shape[1])
-            y = self.forward(
-                part, self.head.fuse(features[None, start : start + CHUNK].to(self.head.dtype)), rows
-            )
-            lane.rows += part.shape[1]
-        self.last[slot] = y[0, -1]
+            part, seen = tokens[start : start + CHUNK], features[start : start + CHUNK]
+            count = len(part)
+            spare = spare_rows(count, MAX_NODES, self.head.dtype, part.device)  # written where the next rows go
+            part, seen = pad(part, (0, spare)), pad(seen, (0, 0, 0, spare))
+            rows = chunk_rows(where, torch.tensor([lane.rows], device=tokens.device), len(part))
+            y = self.forward(part[None], self.head.fuse(seen[None].to(self.head.dtype)), rows)
+            lane.rows += count
+        self.last[slot] = y[0, count - 1]
 
     def _read_together(self, slots: list[int]) -> None:
         """A padded batch: rows past a request's own are written but never seen, and overwritten later."""
         taken = [self._take(slot) for slot in slots]
         counts = [len(tokens) for _, tokens in taken]
         n = max(counts)
-        features = torch.stack([torch.nn.functional.pad(f, (0, 0, 0, n - len(f))) for f, _ in taken])
-        tokens = torch.stack([torch.nn.functional.pad(t, (0, n - len(t))) for _, t in taken])
+        features = torch.stack([pad(f, (0, 0, 0, n - len(f))) for f, _ in taken])
+        tokens = torch.stack([pad(t, (0, n - len(t))) for _, t in taken])
         where = torch.tensor(slots, device=tokens.device)
         lengths = torch.tensor([self.lanes[s].rows for s in slots], device=tokens.device)
         y = self.forward(tokens, self.head.fuse(features.to(self.head.dtype)), chunk_rows(where, lengths, n))

@@ -10,9 +10,10 @@ from specdec.drafting.protocol import Drafter
 from specdec.engine.batch import count_seen, draw_ahead
 from specdec.engine.logprobs import TokenLogprob, token_logprobs
 from specdec.engine.request import Request
+from specdec.layers.linear import spare_rows
 from specdec.sampling import BatchSampling, choose, process
-from specdec.target.protocol import Target
-from specdec.tree import root_only
+from specdec.target.protocol import States, Target
+from specdec.tree import MAX_NODES, root_only
 
 WORTH_COPYING = 8  # shared tokens below which a prefix is simply computed
 SCORED_ROWS = 64  # logits of so many prompt tokens are held at once
@@ -47,11 +48,7 @@ class Prefill:
         start = request.prefilled
         stop = min(start + self.chunk, len(request.prompt))
         device = self.target.info.device
-        tokens = torch.tensor([request.prompt[start:stop]], dtype=torch.int64, device=device)
-        slot, length = (torch.tensor([x], device=device) for x in (request.slot, start))
-        states = self.target.forward(
-            tokens, chunk_rows(slot, length, stop - start), self.cache, self.drafter.taps
-        )
+        states = self._run(request.slot, start, request.prompt[start:stop])
         request.prefilled = stop
         request.features.append(states.features[0])
         self.held[request.slot] = request.prompt[:stop]
@@ -64,6 +61,16 @@ class Prefill:
         self.drafter.admit(request.slot, prompt, torch.cat(request.features), token)
         request.features = []
         return token, logprobs
+
+    def _run(self, slot: int, start: int, part: tuple[int, ...]) -> States:
+        """The target over a part of a prompt. Rows that pad it are written behind it, where the next ones go."""
+        device, room = self.target.info.device, self.cache.length - MAX_NODES - start - len(part)
+        spare = spare_rows(len(part), room, self.target.info.dtype, device)
+        tokens = torch.tensor([[*part, *part[:1] * spare]], dtype=torch.int64, device=device)
+        where, length = (torch.tensor([x], device=device) for x in (slot, start))
+        rows = chunk_rows(where, length, tokens.shape[1])
+        states = self.target.forward(tokens, rows, self.cache, self.drafter.taps)
+        return States(states.final[:, : len(part)], states.features[:, : len(part)])
 
     def _score(self, request: Request, final: torch.Tensor, start: int, top: int) -> None:
         """Log-probabilities of the prompt tokens that follow the rows of a chunk, final [1, n, H]."""

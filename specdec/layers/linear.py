@@ -8,6 +8,7 @@ freezes a graph. Training and CUDA use the plain weight.
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -18,6 +19,30 @@ from specdec.native import linear as native
 
 PACK_ROWS = 16  # the row count oneDNN's layout is tuned for: a small tree; single rows lose nothing by it
 Packing = Literal["native", "onednn"]
+
+
+KERNEL_ROWS = 32  # chunks of a prompt are padded to multiples of this for oneDNN, see `spare_rows`
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of PyTorch's wrapper
+CACHED = 256  # kernels: about as many as a few batch sizes with their usual trees need
+
+
+def spare_rows(rows: int, room: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows to add to a chunk, at most `room`, so that chunks come in few sizes.
+
+    oneDNN compiles a kernel for every number of rows that a matrix meets: half a megabyte that is kept, and
+    milliseconds. Prompts of every length would fill memory for as long as a server runs. Our own kernels need none.
+    """
+    onednn = packing_of(torch.empty(0, dtype=dtype, device=device)) == "onednn"
+    return min(-rows % KERNEL_ROWS, room) if onednn else 0
+
+
+def bound_kernel_caches() -> None:
+    """Keep `CACHED` kernels instead of 1024 in each cache, unless the environment says otherwise.
+
+    For processes that run for long; works until the first product.
+    """
+    for name in CACHES:
+        os.environ.setdefault(name, str(CACHED))
 
 
 def packing_of(weight: Tensor) -> Packing | None:

@@ -116,7 +116,7 @@ def test_command_lines(tmp_path: Path) -> None:
         "--slots",
         "3",
         "--dtype",
-        "bfloat16",
+        "auto",
     )
     with pytest.raises(SpecdecError, match="scripts/conformance"):
         command("vllm", Setup(vllm_env=tmp_path))
