@@ -84,14 +84,16 @@ def command(kind: str, setup: Setup) -> tuple[tuple[str, ...], dict[str, str]]:
         drafting = ("--plain",) if kind == "plain" else ("--draft", setup.draft)
         return (sys.executable, "-m", "specdec.cli.main", "serve", setup.target, *drafting,
                 "--slots", str(setup.slots), "--dtype", setup.dtype), {}  # fmt: skip
-    program = setup.vllm_env / "bin" / "vllm"
-    if not program.is_file():
+    python = setup.vllm_env / "bin" / "python"
+    if not python.is_file():
         raise SpecdecError("is not there", field="vllm-env", value=str(setup.vllm_env),
                            remedy="Build it with scripts/conformance vllm.")  # fmt: skip
     flags = ("--served-model-name", setup.target, "--dtype", setup.dtype, "--max-num-seqs", str(setup.slots),
              "--max-model-len", str(LENGTH), "--no-enable-log-requests")  # fmt: skip
     drafts = ("--speculative-config", json.dumps(_chain(setup))) if kind == "vllm" else ()
-    return (str(program), "serve", str(resolve(setup.target).directory), *flags, *drafts), VLLM_NEEDS
+    # not `vllm serve`: that program asks for the metadata of a package that is called otherwise on CPUs
+    return (str(python), "-m", "vllm.entrypoints.openai.api_server", "--model",
+            str(resolve(setup.target).directory), *flags, *drafts), VLLM_NEEDS  # fmt: skip
 
 
 def _chain(setup: Setup) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,10 +97,18 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to waiting requests, each the slot that shares most with its prompt."""
         while self.waiting and len(self.active) < self.limits.slots:
-            request = self.waiting.popleft()
+            request = self._next()
             free = [slot for slot in range(self.limits.slots) if slot not in self.active]
             self.prefill.place(request, free)
             self.active[request.slot] = request
+
+    def _next(self) -> Request:
+        """Take the oldest waiting request of those whose group has fewest slots, so that a call of many sequences does
+        not shut others out; one that has none left is as good as a newcomer again."""
+        held = Counter(request.group for request in self.active.values() if request.group)
+        chosen = min(self.waiting, key=lambda request: held[request.group])
+        self.waiting.remove(chosen)
+        return chosen
 
     def _prefill_one(self) -> list[Piece]:
         """Advance the oldest unfinished prompt by one chunk; with nothing else to do, finish it."""

@@ -66,6 +66,7 @@ class Request:
         text: its text, or None when nobody wants text.
         constraint: a grammar or None.
         speculate: False runs this request plainly.
+        group: what came together and shares slots fairly with others, such as the choices of one call.
         only: the one source of drafts it wants (see `Drafter.sources`), None for all.
         prompt_logprobs: score the prompt's own tokens and this many alternatives of each; None: nothing.
         prompt_scores: of the prompt's tokens from the second on, once prefilled (see `prompt_logprobs`).
@@ -80,6 +81,7 @@ class Request:
     constraint: Constraint | None = None
     speculate: bool = True
     only: str | None = None
+    group: str = ""
     prompt_logprobs: int | None = None
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
     slot: int = -1

@@ -142,6 +142,7 @@ def _request(state: ServerState, wish: Wish, prompt: tuple[int, ...], choice: in
         constraint=None if wish.grammar is None else wish.grammar.fork(),
         speculate=wish.drafting.speculate,
         only=wish.drafting.only,
+        group=wish.id,
         prompt_logprobs=wish.prompt_logprobs,
     )
 

@@ -65,6 +65,20 @@ def test_never_more_requests_than_slots() -> None:
         assert len(machine.active) <= 2
 
 
+def test_a_call_of_many_sequences_does_not_shut_others_out() -> None:
+    machine = _toy(slots=2)
+    crowd, others = _many(6, Sampling(max_tokens=6)), _many(2, Sampling(max_tokens=6))
+    for number, request in enumerate(crowd):
+        request.id, request.group = f"crowd{number}", "crowd"
+    for number, request in enumerate(others):
+        request.id, request.group = f"other{number}", f"other{number}"
+    ended = [piece.request for piece in engines.run(machine, [*crowd, *others]) if piece.finish]
+    assert len(ended) == 8
+    assert ended.index("other0") < ended.index("crowd2"), "it came later, but held nothing"
+    assert ended.index("other1") < ended.index("crowd3")
+    assert [name for name in ended if name.startswith("crowd")] == [f"crowd{i}" for i in range(6)]
+
+
 def test_cancellation_frees_the_slot_before_the_next_round() -> None:
     machine = _toy(slots=1)
     first, second = _many(2, Sampling(max_tokens=40))

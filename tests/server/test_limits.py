@@ -100,6 +100,45 @@ def test_header_tricks(tight: Live) -> None:
     assert raw(tight, huge).startswith(b"HTTP/1.1 413")
 
 
+SMUGGLED = [
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\nhello",
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 0x5\r\n\r\nhello",
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nhello\r\n0\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: x\r\nX-Na me: y\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n\r\n",
+    b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
+    b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("request_", SMUGGLED, ids=range(len(SMUGGLED)))
+def test_smuggling_and_broken_heads_are_4xx_and_hung_up_on(tight: Live, request_: bytes) -> None:
+    said = raw(tight, request_)
+    assert said.startswith((b"HTTP/1.1 40", b"HTTP/1.1 41")), said[:80]
+    assert said.count(b"HTTP/1.1 ") == 1, "a second request was seen in it"
+    assert b"<still open>" not in said
+    assert tight.web.get("/health").status_code == 200
+
+
+def test_length_and_chunks_together_are_one_request(tight: Live) -> None:
+    inner = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    both = (b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % len(inner)) + inner  # fmt: skip
+    assert b'"version"' not in raw(tight, both, wait=1.0)
+
+
+def test_many_prompts_are_refused_before_they_are_read(tight: Live) -> None:
+    body = {"prompt": ["x"] * 400, "max_tokens": 1}
+    answer = tight.web.post("/v1/completions", json=body, headers={"Authorization": "Bearer sesame"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "too_many_sequences"
+    body = {"prompt": "x", "n": 128, "best_of": 10**30, "max_tokens": 1}
+    answer = tight.web.post("/v1/completions", json=body, headers={"Authorization": "Bearer sesame"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")
+
+
 def test_the_key_guards_v1_alone(tight: Live) -> None:
     for path in ("/v1/models", "/v1/nowhere"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"},
