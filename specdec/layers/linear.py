@@ -22,7 +22,10 @@ Packing = Literal["native", "onednn"]
 
 
 KERNEL_ROWS = 32  # chunks of a prompt are padded to multiples of this for oneDNN, see `spare_rows`
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of PyTorch's wrapper
+CACHES = (
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "LRU_CACHE_CAPACITY",
+)  # oneDNN's own, and that of PyTorch's wrapper
 CACHED = 256  # kernels: about as many as a few batch sizes with their usual trees need
 
 

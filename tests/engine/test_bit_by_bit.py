@@ -20,7 +20,13 @@ from specdec.target.protocol import Target
 from specdec.tree import build
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 4}
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,9 @@ def test_a_tree_and_its_paths_agree_in_every_bit(target: Target) -> None:
         assert torch.equal(target.logits(final)[0, -1], logits[0, node]), node
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_tokens=40), Sampling(temperature=0.8, seed=4, max_tokens=40)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_tokens=40), Sampling(temperature=0.8, seed=4, max_tokens=40)]
+)
 def test_answers_in_bfloat16_are_those_of_plain_decoding(target: Target, sampling: Sampling) -> None:
     prompts = [tuple((7 * i + k) % 90 + 5 for i in range(12)) * 2 for k in range(3)]
     alone = []
