@@ -44,7 +44,7 @@ class Batch:
         fresh = torch.stack([r.fresh(2 * MAX_NODES) for r in requests]).to(device) if chains else None
         draws, tests = (None, None) if fresh is None else fresh.chunk(2, dim=1)
         only = tuple(r.only for r in requests) if any(r.only for r in requests) else None
-        context = Context(columns[:, 0], columns[:, 1], columns[:, 2], sampling.temperature, draws, only)
+        context = Context(columns[:, 0], columns[:, 1], columns[:, 2], sampling.temperature, draws, only=only)
         seen = count_seen(requests, vocab, device, root=True) if sampling.penalties is not None else None
         return Batch(tuple(requests), context, sampling, draw_ahead(requests, sampling, device), seen, tests)
 

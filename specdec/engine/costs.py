@@ -27,6 +27,7 @@ from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.budget import CostTable
 from specdec.engine.graphs import Recording
+from specdec.native.library import why_not
 from specdec.sampling import likeliest
 from specdec.target.protocol import Target
 from specdec.tree import chain
@@ -179,5 +180,6 @@ def _key(target: Target, drafter: Drafter, cache: KVCache, recorded: bool) -> st
         drafter.name if eagle is None else eagle.name,
         str(head),
         *(["recorded"] if recorded else []),
+        why_not() or "C kernels",
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

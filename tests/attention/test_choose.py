@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from specdec.attention.choose import choose_attention
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import CacheShape
 from specdec.errors import UnsupportedError
+from specdec.native.library import library
 
 SHAPE = CacheShape(4, 2, 16, torch.float32, torch.device("cpu"))
 
@@ -69,9 +71,11 @@ class Cached(ReferenceAttention):
         return self.seen
 
 
-def test_on_a_cpu_there_is_nothing_to_try() -> None:
-    choice = choose_attention(SHAPE, 6)
-    assert (choice.attention.name, choice.milliseconds, choice.told()) == ("reference", {}, "reference")
+@pytest.mark.skipif(library() is None, reason="no C compiler")
+def test_on_a_cpu_the_kernels_are_taken_wherever_they_fit() -> None:
+    assert choose_attention(replace(SHAPE, head_dim=32), 6).attention.name == "native"
+    choice = choose_attention(replace(SHAPE, head_dim=24), 6)
+    assert choice.attention.name == "reference" and "divisible by 16" in choice.refused["native"]
 
 
 def test_the_fastest_right_one_wins() -> None:
