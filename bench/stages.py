@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import kernels, speed, steps
@@ -101,7 +102,13 @@ def run_ceilings(setting: Setting) -> None:
 def run_kernels(setting: Setting) -> None:
     """Tree attention: triton, flash, flex and SDPA at three lengths, three batches, N 16 to 64."""
     if not setting.smoke:
-        kernels.main(["--minutes", "2.2", "--nodes", "64", "16", "32"])
+        # flex compiles for half a minute a point, so it comes last and at batch 1 alone
+        kernels.main(
+            ["--minutes", "1.5", "--nodes", "64", "16", "32", "--backends", "triton", "flash", "sdpa"]
+        )
+        kernels.main(
+            ["--minutes", "0.8", "--models", "8b", "--batches", "1", "--nodes", "64", "--backends", "flex"]
+        )
         return
     args = argparse.Namespace(backends=["triton", "flash", "sdpa"], nodes=[4], splits=[2])
     for row in kernels.measure(Point("135m", 128, 1, 4), setting.ceiling(), args, setting.place):
@@ -121,7 +128,7 @@ def run_steps(setting: Setting) -> None:
 
 def run_speed(setting: Setting) -> None:
     """Tokens per second on the evaluation sets against our plain loop and transformers."""
-    few, tokens, small = (1, 8, Shape(2, 2, 4)) if setting.smoke else (3, 128, None)
+    few, tokens, small = (1, 8, Shape(2, 2, 4)) if setting.smoke else (2, 128, None)
     speed.run(
         setting.prompts(), setting.target, [setting.head], setting.options(tree=small), Sampling(max_tokens=tokens),
         limit=few, repeats=1, with_transformers=True, tick=lambda _name, _steps: lambda: None,
@@ -210,11 +217,13 @@ def _profiled(work: Callable[[], object], setting: Setting) -> dict[str, Any]:
     for _ in range(2):
         work()
     cuda = setting.device == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+    with profile(
+        activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True
+    ) as seen:
         work()
         if cuda:
             torch.cuda.synchronize()
-    events = list(seen.key_averages())
+    events = [e for e in seen.key_averages() if not cuda or e.device_type == DeviceType.CUDA]
     times = {e.key: float(e.self_device_time_total if cuda else e.self_cpu_time_total) for e in events}
     top = sorted(times, key=times.__getitem__, reverse=True)[:10]
     return {"kernels": sum(e.count for e in events), "us": round(sum(times.values()), 1),

@@ -75,7 +75,8 @@ def config(arch: str) -> PretrainedConfig:
 def build(arch: str, seed: int = 0) -> PreTrainedModel:
     """A model with random weights; biases and norm weights are random too: none can be forgotten unseen."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = Auto.from_config(config(arch), dtype=torch.float32)
+    # eager: SDPA leaves out Gemma's soft cap in some versions of transformers
+    model: PreTrainedModel = Auto.from_config(config(arch), dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

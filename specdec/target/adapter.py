@@ -213,6 +213,7 @@ def adapt(model: PreTrainedModel, name: str, stop_ids: tuple[int, ...] = ()) -> 
     vocab = int(anatomy.text_config(model).vocab_size)
     tokens = torch.randint(vocab, (1, CHECKED_ROWS), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(parts_of(model).embedding.device)
+    model.set_attn_implementation("eager")  # which applies all that a family asks for: SDPA knows no soft cap
     own = model(input_ids=tokens, use_cache=False).logits.float()
     bridge.register()
     model.set_attn_implementation(bridge.NAME)

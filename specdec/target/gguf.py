@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AGAIN = "Fetch it again."
-RECIPE = 1  # raise when what `convert` writes changes: cached conversions are then made again
+RECIPE = 2  # raise when what `convert` writes changes: cached conversions are then made again
 ARCHITECTURE, PRE, END_OF_TURN = "general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id"
 SAMPLED_ROWS = 1024
 TWINS = 0.98  # mean cosine of two quantised copies of one embedding; of two different matrices it is near 0
@@ -39,8 +39,10 @@ DIGITS: dict[str, Any] = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
 }
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 MENDED: dict[str, dict[str, Any]] = {
-    "smollm": {"pre_tokenizer": DIGITS},
+    # transformers 5.17 takes any Llama's tokenizer for SentencePiece's and decodes without a leading space
+    "smollm": {"pre_tokenizer": DIGITS, "decoder": BYTES, "normalizer": None},
     "qwen2": {"normalizer": {"type": "NFC"}},
 }
 QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen ends a turn with the first and a text with the second

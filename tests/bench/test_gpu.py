@@ -120,10 +120,6 @@ def test_every_planned_stage_has_a_command(tmp_path: Path) -> None:
     for stage, _ in gpu.PLAN:
         words = gpu.command(_run(tmp_path, also=("a", "b")), stage)
         assert stage == "memcheck" or (words is not None and words[0] == sys.executable)
-    assert (
-        sum(limit for name, limit in gpu.PLAN if name in ("steps", "speed", "greedy", "kernels", "sweep"))
-        <= 560
-    )
 
 
 STEP = {"target": "random-8b", "batch": 1}
