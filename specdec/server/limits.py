@@ -61,6 +61,10 @@ class BodyGuard:
         self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _two_lengths(scope):
+            told = "Content-Length and Transfer-Encoding contradict each other; send one of them"
+            await _refuse(ApiError(400, told, code="ambiguous_length"), scope, receive, send)
+            return
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
@@ -104,6 +108,11 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes | None]:
             return
         more = message.get("more_body", False)
         yield message.get("body", b"")
+
+
+def _two_lengths(scope: Scope) -> bool:
+    """Is the length given twice? A proxy may believe the other one: that is how second requests are smuggled."""
+    return {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}
 
 
 def _too_large(most: int) -> ApiError:

@@ -108,8 +108,6 @@ SMUGGLED = [
     b"GET /health HTTP/1.1\r\nHost: x\r\nX-Na me: y\r\n\r\n",
     b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
     b"GET /health HTTP/1.1\r\n\r\n",
-    b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
-    b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n",
 ]
 
 
@@ -126,7 +124,12 @@ def test_length_and_chunks_together_are_one_request(tight: Live) -> None:
     inner = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
     both = (b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % len(inner)) + inner  # fmt: skip
-    assert b'"version"' not in raw(tight, both, wait=1.0)
+    for head in (both, both.replace(b"POST /tokenize", b"GET /health")):
+        said = raw(tight, head, wait=1.0)
+        assert said.startswith(b"HTTP/1.1 400")
+        assert b"ambiguous_length" in said
+        assert b'"version"' not in said, "what a proxy takes for a body was answered as a request"
+        assert b"<still open>" not in said
 
 
 def test_many_prompts_are_refused_before_they_are_read(tight: Live) -> None:
