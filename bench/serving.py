@@ -231,21 +231,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One point, a line per system."""
+    """One point, a column per system."""
     first = rows[0]
     loop = f"{first['clients']} clients" if first["loop"] == "closed" else f"{first['rate']:g} requests/s"
-    shown = ("system", "tokens_per_second", "goodput_per_second", "ttft_ms_p50", "ttft_ms_p99", "itl_chunk_ms_p50",
+    shown = ("tokens_per_second", "goodput_per_second", "ttft_ms_p50", "ttft_ms_p99", "itl_chunk_ms_p50",
              "itl_chunk_ms_p99", "itl_token_ms_p50", "itl_token_ms_p99", "tau", "errors")  # fmt: skip
-    made = Table(
-        *(name.replace("_", " ") for name in shown), "over the others", title=f"{first['set']}, {loop}"
+    ratios = dict.fromkeys(
+        key for row in rows for key in row if key.startswith("over_") and key + "_ci" in row
     )
-    for row in rows:
-        ratios = [
-            f"{row[key]:.2f} {row[key + '_ci']}"
-            for key in row
-            if key.startswith("over_") and key + "_ci" in row
-        ]
-        made.add_row(*("" if row.get(key) is None else str(row[key]) for key in shown), "; ".join(ratios))
+    made = Table("", *(row["system"] for row in rows), title=f"{first['set']}, {loop}")
+    for key in (*shown, *ratios):
+        values = (f"{row.get(key, '')} {row.get(key + '_ci', '')}".strip() for row in rows)
+        made.add_row(key.replace("_", " "), *values)
     return made
 
 
