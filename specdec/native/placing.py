@@ -26,13 +26,10 @@ class _Call(ctypes.Structure):
     )
 
 
-def can_place(heads: Tensor, plane: Tensor) -> bool:
-    """Is there a kernel for these heads [B, N, .., D] and this plane of a cache?"""
-    return (
-        heads.dtype == plane.dtype
-        and applies(heads, heads.shape[-1] // 2)
-        and heads.shape[-1] % (2 * HALF) == 0
-    )
+def can_place(x: Tensor, plane: Tensor) -> bool:
+    """Is there a kernel for heads made of x, to be stored in this plane of a cache?"""
+    size = plane.shape[-1]
+    return x.dtype == plane.dtype and size % (2 * HALF) == 0 and applies(x, size // 2)
 
 
 def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor, indices: Tensor) -> None:

@@ -130,35 +130,33 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
         """x: [B, N, H] -> [B, N, H]."""
-        queries = self._place(self.heads_of(x), step, layer)
+        queries = self._placed(x, step, layer)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
         return self.leave(x, seen)
 
-    def heads_of(self, x: Tensor) -> Tensor:
+    def _placed(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        """Turned queries [B, N, heads, D]; keys and values are stored."""
+        plane, index = step.cache.kv[layer], step.rows.index
+        if self.q_norm is None and can_place(x, plane):
+            heads = self._heads(x)
+            place(heads, step.cos, step.sin, plane, index.slots, index.indices)
+            return heads[:, :, : self.heads]
+        qk, values = self.enter(x, step.cos, step.sin)
+        step.cache.write(layer, index, qk[:, :, self.heads :], values)
+        return qk[:, :, : self.heads]
+
+    def _heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values before they are turned: [B, N, heads + 2 * kv_heads, D]."""
         heads: Tensor = self.qkv(self.input_norm(x))
         return heads.view(*x.shape[:2], self.heads + 2 * self.kv_heads, self.head_dim)
 
     def enter(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Everything before attention: turned queries and keys [B, N, heads + kv_heads, D], values."""
-        return self._turn(self.heads_of(x), cos, sin)
-
-    def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        turned = self.heads + self.kv_heads
+        heads, turned = self._heads(x), self.heads + self.kv_heads
         qk = heads[:, :, :turned]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], dim=2)
         return rotate(qk, cos, sin), heads[:, :, turned:]
-
-    def _place(self, heads: Tensor, step: Step, layer: int) -> Tensor:
-        """Turn queries and keys to their positions, store keys and values; returns the queries [B, N, heads, D]."""
-        plane, index = step.cache.kv[layer], step.rows.index
-        if self.q_norm is None and can_place(heads, plane):
-            place(heads, step.cos, step.sin, plane, index.slots, index.indices)
-            return heads[:, :, : self.heads]
-        qk, values = self._turn(heads, step.cos, step.sin)
-        step.cache.write(layer, index, qk[:, :, self.heads :], values)
-        return qk[:, :, : self.heads]
 
     def leave(self, x: Tensor, seen: Tensor) -> Tensor:
         """Everything after attention: seen [B, N, heads, D] -> [B, N, H]."""

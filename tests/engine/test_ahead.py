@@ -68,6 +68,7 @@ def test_an_engine_with_a_recording_measures_whole_sizes(
     target, limits = target_of("llama"), Limits(2, 96)
     drafter = engines.eagle(target, engines.random_head(target, range(20, 90)), limits)
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_load_head", lambda *_: None)
     monkeypatch.setattr(build, "make_drafter", lambda *_: drafter)
     monkeypatch.setattr(build, "CPU_LIMIT", Shape(3, 4, 8))
     monkeypatch.setattr(costs, "REPEATS", 1)

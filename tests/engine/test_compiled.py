@@ -19,8 +19,9 @@ from specdec.target.load import LeanTarget
 
 @pytest.fixture
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LeanTarget:
-    """One of our own, its layers will be changed; projections as on a GPU."""
-    monkeypatch.setattr("specdec.layers.linear.can_pack", lambda _: False)
+    """One of our own, its layers will be changed; projections, norms and gates as on a GPU."""
+    monkeypatch.setattr("specdec.layers.linear.packing_of", lambda _: None)
+    monkeypatch.setattr("specdec.native.elementwise.library", lambda: None)
     loaded = engines.load(tmp_path, "qwen3", "lean")
     assert isinstance(loaded, LeanTarget)
     return loaded
