@@ -31,6 +31,7 @@ TINY_PLAN: Plan = replace(
     draws=50,
     sigmas=(0.0, 2.0),
     least_events=3,
+    slots=4,
 )
 
 

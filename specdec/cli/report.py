@@ -195,12 +195,12 @@ def _told(args: argparse.Namespace, prompts: int) -> dict[str, Any]:
 
 def _announce(console: Console, order: Any) -> None:
     """What will be done, and about how long it takes."""
-    from specdec.surplus.plan import OUTCOME_SHARE, Sizes, arithmetic_rate, estimated_minutes
+    from specdec.surplus.plan import Sizes, arithmetic_rate, estimated_minutes
     from specdec.surplus.run import tap_sets_of
 
     info, plan = order.target.info, order.plan
     documents = min(plan.documents, len(order.passages))
-    outcomes = round(documents * OUTCOME_SHARE) if order.head is not None else 0
+    outcomes = round(documents * plan.outcome_share) if order.head is not None else 0
     widths = tuple(len(taps) for taps in tap_sets_of(order))
     sizes = Sizes(info.hidden, info.layers, info.vocab, documents - outcomes, outcomes, widths)
     minutes = estimated_minutes(plan, sizes, arithmetic_rate())

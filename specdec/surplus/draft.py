@@ -23,7 +23,7 @@ from specdec.surplus.capture import Document
 from specdec.surplus.contract import Contexts, TargetHead
 from specdec.surplus.estimate import TOPS, Scores, join, score
 from specdec.surplus.labels import Lumping
-from specdec.surplus.predict import children_mass, rank_masses, truncated
+from specdec.surplus.predict import truncated
 
 RANKS = max(TOPS)
 SAMPLE = 4
@@ -114,6 +114,8 @@ class HeadReader:
     ) -> None:
         self.head, self.embed, self.output, self.settings = head, embed, output, settings
         self.ids = head.ids.cpu()
+        self.place = torch.full((head.config.vocab,), -1, dtype=torch.int64)
+        self.place[self.ids] = torch.arange(len(self.ids))
 
     @torch.inference_mode()
     def read(self, document: Document, first_row: int) -> list[DraftRows]:
@@ -123,13 +125,19 @@ class HeadReader:
             first_row: number of the document's first written row among the captured rows.
         """
         outputs = self._unroll(document)
+        laws = self._laws(document, outputs)
         made = []
-        for j in range(1, self.settings.depths + 1):
+        for j, y in enumerate(outputs, start=1):
             at = torch.arange(document.start, document.ids.shape[0] - j, self.settings.stride)
             if not at.numel():
                 break
-            made.append(self._depth(document, outputs, j, at, first_row))
+            made.append(self._depth(laws, j, self._log_q(y[at]), at, first_row))
         return made
+
+    def _laws(self, document: Document, outputs: list[Tensor]) -> _Laws:
+        log_p = self.output.log_probs(document.final[document.start :])
+        fresh = self._log_q(outputs[0][document.start :]) if outputs else log_p[:0, self.ids]
+        return _Laws(document, log_p, self._lump(log_p), self._lumped(fresh))
 
     def _unroll(self, document: Document) -> list[Tensor]:
         """y of every depth: [R - j, H] of depth j, rows in order."""
@@ -149,55 +157,80 @@ class HeadReader:
             g = self.head.feedback(y)
         return outputs
 
-    def _depth(self, document: Document, outputs: list[Tensor], j: int, at: Tensor, first: int) -> DraftRows:
-        label = at + j
-        log_p = self.output.log_probs(document.final[label])
-        log_q = self._log_q(outputs[j - 1][at])
-        fresh = self._log_q(outputs[0][label - 1])
-        cut = truncated(log_p, log_q, self.ids)
-        full = self._spread(log_q)
+    def _depth(self, laws: _Laws, j: int, log_q: Tensor, at: Tensor, first: int) -> DraftRows:
+        """Rows of the contexts `at` [n] at draft depth j, log_q [n, Vd]."""
+        document, label = laws.document, at + j - laws.document.start
+        log_p, lumped_p, lumped_q = laws.log_p[label], laws.lumped[label], self._lumped(log_q)
         where = Contexts(j + 1, torch.arange(len(at)), at[:, None])
         doc = torch.full((len(at),), document.doc)
-        lumped_p, lumped_q = self._lump(log_p), self._lump(full)
-        control = torch.zeros(len(at))
-        scores = score(where, doc, lumped_p, lumped_q, control)
-        masses = rank_masses(log_p, full, RANKS)
+        scores = score(where, doc, lumped_p, lumped_q, torch.zeros(len(at)))
+        cut = truncated(log_p, log_q, self.ids)
+        picks = self.ids[log_q.topk(min(RANKS, log_q.shape[-1]), dim=-1).indices]
+        masses = log_p.gather(1, picks).exp()
+        masses = torch.nn.functional.pad(masses, (0, RANKS - masses.shape[1]))
         scores = replace(
             scores,
             at=first + at - document.start,
             alpha=cut.alpha,
-            top=torch.stack([children_mass(log_p, full, m) for m in TOPS], dim=1),
+            top=masses.cumsum(1)[:, [m - 1 for m in TOPS]],
             confidence=log_q.max(-1).values.exp(),
         )
-        fresh_gap = score(where, doc, lumped_p, self._lump(self._spread(fresh)), control).gap
-        log_ratio, rank = _came(document, label + 1, log_p, full)
+        # The row before the label's, at depth 1, has seen everything: what true features would have given.
+        fresh = -(lumped_p.exp() * laws.fresh[label - 1].clamp_min(-1e4)).sum(-1)
+        log_ratio, rank = self._came(document, at + j + 1, log_p, log_q, picks)
         some = torch.arange(j % SAMPLE, len(at), SAMPLE)
         law = (lumped_p[some], lumped_q[some], doc[some])
-        return DraftRows(j + 1, scores, fresh_gap, cut.coverage, log_ratio, rank, masses, law)
+        return DraftRows(
+            j + 1, scores, fresh - scores.entropy, cut.coverage, log_ratio, rank, masses, law
+        )
 
     def _log_q(self, y: Tensor) -> Tensor:
         """The head's law at the serving temperature, float32 [n, Vd] on the host."""
         return torch.log_softmax(self.head.logits(y).float().cpu() / self.output.temperature, dim=-1)
 
-    def _spread(self, log_q: Tensor) -> Tensor:
-        """Over the target's vocabulary: [n, V], -inf outside the draft vocabulary."""
-        full = log_q.new_full((log_q.shape[0], self.head.config.vocab), float("-inf"))
-        full[:, self.ids] = log_q
-        return full
-
     def _lump(self, full: Tensor) -> Tensor:
         return full if self.settings.lumping is None else self.settings.lumping.log_probs(full)
 
+    def _lumped(self, log_q: Tensor) -> Tensor:
+        """The head's law [n, Vd] over label symbols [n, M]."""
+        if self.settings.lumping is None:
+            full = log_q.new_full((log_q.shape[0], self.head.config.vocab), float("-inf"))
+            return full.index_copy_(1, self.ids, log_q)
+        kept = self.settings.lumping.kept
+        place = self.place[kept]
+        if bool((place < 0).any()):
+            raise RequestError("keeps tokens that the head cannot draft", field="lumping", value=len(kept))
+        return Lumping(place, len(self.ids)).log_probs(log_q)
 
-def _came(document: Document, row: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """log q - log p and rank in q of the tokens that really followed; NaN and RANKS past the end of the text."""
-    known = row < document.ids.shape[0]
-    tokens = document.ids[row.clamp_max(document.ids.shape[0] - 1)]
-    ratio = (log_q - log_p).gather(-1, tokens[:, None])[:, 0].masked_fill(~known, float("nan"))
-    picks = log_q.topk(min(RANKS, log_q.shape[-1]), dim=-1).indices
-    hits = picks == tokens[:, None]
-    rank = torch.where(hits.any(-1), hits.to(torch.int64).argmax(-1), RANKS)
-    return ratio, rank.masked_fill(~known, RANKS)
+    def _came(
+        self, document: Document, row: Tensor, log_p: Tensor, log_q: Tensor, picks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log q - log p and rank in q of the tokens that really followed; NaN and RANKS past the end of the text."""
+        known = row < document.ids.shape[0]
+        tokens = document.ids[row.clamp_max(document.ids.shape[0] - 1)][:, None]
+        place = self.place[tokens]
+        ours = log_q.gather(1, place.clamp_min(0)).masked_fill(place < 0, float("-inf"))
+        ratio = (ours - log_p.gather(1, tokens))[:, 0].masked_fill(~known, float("nan"))
+        hits = picks == tokens
+        rank = torch.where(hits.any(-1), hits.to(torch.int64).argmax(-1), RANKS)
+        return ratio, rank.masked_fill(~known, RANKS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Laws:
+    """What all depths of one document share: each written row's law is the label of one context per depth.
+
+    Attributes:
+        document: whose rows.
+        log_p: float32 [r, V] of the written rows.
+        lumped: [r, M], the same over label symbols.
+        fresh: [r - 1, M], the head's first draft at every written row, over label symbols.
+    """
+
+    document: Document
+    log_p: Tensor
+    lumped: Tensor
+    fresh: Tensor
 
 
 class _Reading:

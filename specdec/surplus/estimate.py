@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import RequestError
+from specdec.surplus.banks import bank_key
 from specdec.surplus.contract import Contexts
 from specdec.surplus.control import (
     Bank,
@@ -187,14 +188,22 @@ def split(data: ProbeData, fold: Fold, position: Tensor, settings: EstimateSetti
 
 
 def fit_bank(data: ProbeData, parts: Split, depth: int, settings: EstimateSettings) -> Bank:
-    """The controls that see z only: tuned soft n-gram, and a neural table that starts at its base law."""
+    """The controls that see z only: tuned soft n-gram, and a neural table that starts at its base law.
+
+    Fitted once per text and split, whatever the features.
+    """
     train, val = parts.train[depth], parts.val[depth]
+    key = bank_key(train, val, settings.table, settings.symbols)
+    return data.banks.get(key, lambda: _fit_bank(data, train, val, settings))
+
+
+def _fit_bank(data: ProbeData, train: Contexts, val: Contexts, settings: EstimateSettings) -> Bank:
     seen = soft_labels(data.labels, train.label_row, top=settings.symbols)
     ngram = tune(fit_ngram(train.z, seen, data.labels.width), val, data.labels)
     tokens, unembedding = data.tokens.float(), data.unembedding.float()
     state = torch.random.get_rng_state()
     torch.manual_seed(settings.table.seed)
-    table = NeuralTable(tokens, unembedding, ngram.base, depth - 1, settings.table)
+    table = NeuralTable(tokens, unembedding, ngram.base, train.depth - 1, settings.table)
     torch.random.set_rng_state(state)
     controls: list[Control] = [ngram, fit_table(table, train, val, data.labels, settings.table)]
     return make_bank(controls, val, data.labels)

@@ -6,11 +6,12 @@ width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from specdec.surplus.banks import Banks
 from specdec.surplus.contract import Captured
 from specdec.surplus.draft import draft_lumping
 from specdec.surplus.labels import HeadLabels, Labels, Lumping, tabulate
@@ -34,6 +35,7 @@ class Material:
         lumping: None keeps the vocabulary.
         tokens: [V, e] input embedding.
         tail: mean mass of the tail symbol; alpha and children masses of probes are at most this much too high.
+        banks: controls, shared by all tap sets.
     """
 
     captured: Captured
@@ -41,13 +43,16 @@ class Material:
     lumping: Lumping | None
     tokens: Tensor
     tail: float
+    banks: Banks = field(default_factory=Banks)
 
     def data(self, taps: TapSet) -> ProbeData:
         """What probes of one tap set read."""
         c = self.captured
         rows = c.head.unembedding
         unembedding = rows if self.lumping is None else self.lumping.unembedding(rows)
-        return ProbeData(c.ids, c.doc, c.features(taps), self.labels, self.tokens, unembedding)
+        return ProbeData(
+            c.ids, c.doc, c.features(taps), self.labels, self.tokens, unembedding, banks=self.banks
+        )
 
     @property
     def symbols_key(self) -> str:

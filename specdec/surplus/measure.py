@@ -7,7 +7,7 @@ Dimension legend: N rows, V vocabulary, M label symbols, d hidden width, e token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from specdec.surplus.landscape import alignment
 from specdec.surplus.material import Material
 from specdec.surplus.nce import NceSettings, agreement, critic_values, fit_critic
 from specdec.surplus.plan import Plan, TapSet, name_of
-from specdec.surplus.probe import ProbeData, fit_probes
+from specdec.surplus.probe import fit_probes
 from specdec.surplus.rows import load_estimates, save_estimates
 from specdec.surplus.values import Value, cell_row, clean, number
 
@@ -173,7 +173,7 @@ class _Surplus:
     def __call__(self, features: Tensor) -> Interval:
         c = self.material.captured
         base = self.material.data(c.layers[:1])
-        data = ProbeData(base.ids, base.doc, features, base.labels, base.tokens, base.unembedding)
+        data = replace(base, features=features)
         short = self.plan.estimate(ranking=True)
         settings = EstimateSettings(
             folds=short.folds, rotations=1, seeds=1, depths=(2,), probe=short.probe, table=short.table,

@@ -20,8 +20,6 @@ from specdec.surplus.folds import DOCUMENTS_PER_FOLD
 from specdec.surplus.interval import MIN_DOCUMENTS
 from specdec.surplus.probe import ProbeSettings
 
-OUTCOME_SHARE = 0.4
-"""Of documents whose acceptance is measured; the rest predict (theory.md 3.4)."""
 TapSet = tuple[int, ...]
 
 
@@ -44,6 +42,8 @@ class Plan:
         draws: bootstrap resamples.
         shuffled, nce, curve, sigmas, windows: controls and cross-checks to run.
         least_events: a cell with fewer measured draft tokens is left out.
+        outcome_share: of documents whose acceptance is measured; the rest predict (theory.md 3.4).
+        slots: answers written at once, and documents per captured shard.
         cuts: what this budget leaves out, in words.
     """
 
@@ -69,7 +69,9 @@ class Plan:
     curve: bool
     sigmas: tuple[float, ...]
     windows: tuple[int, ...]
-    least_events: int = 20
+    least_events: int = 100
+    outcome_share: float = 0.4
+    slots: int = 16
     cuts: tuple[str, ...] = field(default=())
 
     def estimate(self, *, ranking: bool = False, small: bool = False) -> EstimateSettings:
@@ -94,7 +96,7 @@ class Plan:
         """Fewest prompts: predictors, and with a head as many outcome documents as an interval wants."""
         if not head:
             return self.predictors_needed
-        both = max(self.predictors_needed / (1 - OUTCOME_SHARE), MIN_DOCUMENTS / OUTCOME_SHARE)
+        both = max(self.predictors_needed / (1 - self.outcome_share), MIN_DOCUMENTS / self.outcome_share)
         return int(-(-both // 1))
 
 
@@ -140,15 +142,17 @@ QUICK = Plan(
 STANDARD = replace(
     QUICK,
     budget="standard",
-    documents=200,
+    documents=280,
     max_tokens=128,
     depths=(2, 3, 4, 5, 6),
+    rotations=2,
+    outcome_share=0.3,
     probe=ProbeSettings(width=512, rank=64, token_width=48, epochs=14, patience=2),
     small=ProbeSettings(width=128, rank=48, token_width=32, epochs=14, patience=2),
-    shapes={"chain": _chain(7), "tree": Shape(6, 5, 24), "sampled chain": _sampled(7)},
-    draft_depth=7,
-    head_rows=6000,
-    shape_documents=8,
+    shapes={"chain": _chain(5), "tree": Shape(5, 4, 12), "sampled chain": _sampled(5)},
+    draft_depth=5,
+    head_rows=30000,
+    shape_documents=14,
     draws=1000,
     shuffled=True,
     curve=True,
@@ -166,6 +170,7 @@ FULL = replace(
     documents=1000,
     max_tokens=256,
     rotations=5,
+    outcome_share=0.4,
     ranking_rotations=2,
     seeds=3,
     symbols=8192,

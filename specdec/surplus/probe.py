@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.errors import RequestError
+from specdec.surplus.banks import Banks
 from specdec.surplus.contract import Contexts, contexts
 from specdec.surplus.control import Control
 from specdec.surplus.labels import Labels
@@ -35,6 +36,7 @@ class ProbeData:
         tokens: [V, e] frozen embedding of z's tokens.
         unembedding: [M, d] frozen U (identity for toys).
         donor: per depth an int64 [T]: the row whose feature is fed in place of row t (controls); absent = t.
+        banks: controls that were fitted on this text and these labels.
     """
 
     ids: Tensor
@@ -44,6 +46,7 @@ class ProbeData:
     tokens: Tensor
     unembedding: Tensor
     donor: Mapping[int, Tensor] = field(default_factory=dict)
+    banks: Banks = field(default_factory=Banks)
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.features).all()):

@@ -37,7 +37,6 @@ from specdec.surplus.forecasts import align
 from specdec.surplus.material import Material, prepare
 from specdec.surplus.outcome import Measured, decode
 from specdec.surplus.plan import (
-    OUTCOME_SHARE,
     Plan,
     TapSet,
     candidate_taps,
@@ -111,7 +110,7 @@ def assign_roles(passages: Sequence[Passage], plan: Plan, *, head: bool, seed: i
     if not head:
         return Roles(tuple(chosen), ())
     doc, domain = torch.arange(len(chosen)), group_numbers([p.domain for p in chosen])
-    first, second = split_roles(doc, outcome=OUTCOME_SHARE, seed=seed, domain=domain)
+    first, second = split_roles(doc, outcome=plan.outcome_share, seed=seed, domain=domain)
     return Roles(tuple(chosen[i] for i in first.tolist()), tuple(chosen[i] for i in second.tolist()))
 
 
@@ -151,6 +150,8 @@ def run(order: Order, say: Say = lambda stage, done, of: None) -> Report:
         temperature=order.temperature,
         max_tokens=order.plan.max_tokens,
         seed=order.seed,
+        slots=order.plan.slots,
+        per_shard=order.plan.slots,
     )
     text = order.work / "capture"
     manifest = capture(order.target, roles.predictors, settings, text, lambda d, n: say("capture", d, n))
