@@ -156,7 +156,7 @@ def _passages(
     room = loaded.target.info.max_length - plan.max_tokens - 1
     made, long = [], 0
     for domain, row in dialogues:
-        ids = _encode(loaded, [*row.messages, {"role": "user", "content": row.turns[0]}])
+        ids = encode(loaded, [*row.messages, {"role": "user", "content": row.turns[0]}])
         if len(ids) > room:
             long += 1
             continue
@@ -166,7 +166,8 @@ def _passages(
     return tuple(made)
 
 
-def _encode(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, ...]:
+def encode(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    """A dialogue as the target's template renders it, or its plain text where there is no template."""
     tokenizer = loaded.tokenizer
     if not tokenizer.chat_template:
         return tuple(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
@@ -201,12 +202,13 @@ def _announce(console: Console, order: Any) -> None:
     info, plan = order.target.info, order.plan
     documents = min(plan.documents, len(order.passages))
     outcomes = round(documents * plan.outcome_share) if order.head is not None else 0
+    predictors, outcomes = min(documents - outcomes, plan.predictors), min(outcomes, plan.outcomes)
     widths = tuple(len(taps) for taps in tap_sets_of(order))
-    sizes = Sizes(info.hidden, info.layers, info.vocab, documents - outcomes, outcomes, widths)
+    sizes = Sizes(info.hidden, info.layers, info.vocab, predictors, outcomes, widths)
     minutes = estimated_minutes(plan, sizes, arithmetic_rate())
     parts = ", ".join(f"{name} {value:.0f}" for name, value in minutes.items() if value >= 0.5)
     console.print(
-        f"{plan.budget} report on {info.name}: {documents - outcomes} documents predict, {outcomes} are measured, "
+        f"{plan.budget} report on {info.name}: {predictors} documents predict, {outcomes} are measured, "
         f"{len(widths)} tap sets; about {sum(minutes.values()):.0f} minutes ({parts or 'seconds each'})",
         highlight=False,
     )

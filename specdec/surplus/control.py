@@ -222,8 +222,10 @@ class NeuralTable(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [n, k - 1] -> log r [n, M], with gradient."""
-        out = self.inner(self.tokens[z].flatten(1))
-        return torch.log_softmax(self.base.log() + out @ self.unembedding.T, dim=-1)
+        hidden = self.inner[:-1](self.tokens[z].flatten(1))
+        # U times the last map first: the low rank then carries the batch.
+        out = hidden @ (self.unembedding @ self.inner[-1].weight).T
+        return torch.log_softmax(self.base.log() + out, dim=-1)
 
     @torch.no_grad()
     def log_probs(self, z: Tensor) -> Tensor:

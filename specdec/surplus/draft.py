@@ -180,9 +180,7 @@ class HeadReader:
         log_ratio, rank = self._came(document, at + j + 1, log_p, log_q, picks)
         some = torch.arange(j % SAMPLE, len(at), SAMPLE)
         law = (lumped_p[some], lumped_q[some], doc[some])
-        return DraftRows(
-            j + 1, scores, fresh - scores.entropy, cut.coverage, log_ratio, rank, masses, law
-        )
+        return DraftRows(j + 1, scores, fresh - scores.entropy, cut.coverage, log_ratio, rank, masses, law)
 
     def _log_q(self, y: Tensor) -> Tensor:
         """The head's law at the serving temperature, float32 [n, Vd] on the host."""

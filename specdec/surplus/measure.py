@@ -6,6 +6,7 @@ Dimension legend: N rows, V vocabulary, M label symbols, d hidden width, e token
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,9 +43,9 @@ def estimate(material: Material, taps: TapSet, settings: EstimateSettings, path:
     key = f"{name_of(taps)} {material.symbols_key} {settings}"
     kept = load_estimates(path, key)
     if kept is None:
-        c = material.captured
+        c, started = material.captured, time.process_time()
         kept = cross_fit(material.data(taps), c.position, settings, domain=c.domain)
-        save_estimates(path, kept, key)
+        save_estimates(path, kept, key, time.process_time() - started)
     return kept
 
 

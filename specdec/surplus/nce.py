@@ -20,6 +20,7 @@ from specdec.surplus.control import Control, batches
 from specdec.surplus.interval import Interval
 from specdec.surplus.labels import Labels
 from specdec.surplus.probe import Batch, Fitted, Probe, ProbeData, ProbeSettings, walk_text
+from specdec.surplus.start import Lesson
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ def fit_critic(
     torch.manual_seed(recipe.seed + 7919)  # another start than E1's, so that agreement means something
     critic = Probe(data, train, recipe)
     torch.random.set_rng_state(state)
+    if recipe.start:
+        critic.begin(data, Lesson(train, val, data.labels, control, critic.unembedding))
     optimizer = torch.optim.AdamW(critic.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
     generator = torch.Generator().manual_seed(recipe.seed)
     best, kept, stale, epochs = -math.inf, _copy(critic), 0, 0
@@ -91,7 +94,8 @@ def fit_critic(
 
 def _scores(critic: Probe, data: ProbeData, batch: Batch, control: Control) -> tuple[Tensor, Tensor]:
     where = batch.where
-    return critic(data.inputs(where), where.z), control.log_probs(where.z)
+    log_r = control.log_probs(where.z)
+    return critic(data.inputs(where), where.z, log_r), log_r
 
 
 def _copy(critic: Probe) -> Mapping[str, Tensor]:

@@ -29,7 +29,7 @@ class Plan:
 
     Attributes:
         budget: its name.
-        documents, max_tokens: captured and decoded at most; tokens of one answer.
+        documents, max_tokens: prompts dealt into roles at most; tokens of one answer.
         depths: k of the probes; 2 is the first draft token.
         folds, rotations, ranking_rotations, seeds: of the cross-fit; ranking compares tap sets.
         symbols: tokens kept as label symbols, the rest one tail symbol; 0 keeps the vocabulary.
@@ -43,6 +43,8 @@ class Plan:
         shuffled, nce, curve, sigmas, windows: controls and cross-checks to run.
         least_events: a cell with fewer measured draft tokens is left out.
         outcome_share: of documents whose acceptance is measured; the rest predict (theory.md 3.4).
+        predictors, outcomes: of those roles at most so many are captured and decoded.
+        ranking_depths: how many of `depths` a ranking of tap sets uses.
         slots: answers written at once, and documents per captured shard.
         cuts: what this budget leaves out, in words.
     """
@@ -71,6 +73,9 @@ class Plan:
     windows: tuple[int, ...]
     least_events: int = 100
     outcome_share: float = 0.4
+    predictors: int = 1 << 30
+    outcomes: int = 1 << 30
+    ranking_depths: int = 2
     slots: int = 16
     cuts: tuple[str, ...] = field(default=())
 
@@ -80,8 +85,8 @@ class Plan:
             folds=self.folds,
             rotations=self.ranking_rotations if ranking else self.rotations,
             seeds=1 if ranking else self.seeds,
-            depths=self.depths[:2] if ranking else self.depths,
-            probe=self.small if small else self.probe,
+            depths=self.depths[: self.ranking_depths] if ranking else self.depths,
+            probe=self.small if small or ranking else self.probe,
             table=self.table,
             shuffled=self.shuffled and not ranking and not small,
         )
@@ -143,25 +148,28 @@ STANDARD = replace(
     QUICK,
     budget="standard",
     documents=280,
+    outcome_share=0.3,
+    predictors=144,
+    outcomes=63,
     max_tokens=128,
     depths=(2, 3, 4, 5, 6),
     rotations=2,
-    outcome_share=0.3,
-    probe=ProbeSettings(width=512, rank=64, token_width=48, epochs=14, patience=2),
-    small=ProbeSettings(width=128, rank=48, token_width=32, epochs=14, patience=2),
+    ranking_depths=1,
+    probe=ProbeSettings(width=256, rank=64, token_width=48, epochs=10, patience=2, batch=128, rate=1e-3),
+    small=ProbeSettings(width=64, rank=32, token_width=24, epochs=8, patience=2, batch=128, rate=1e-3),
     shapes={"chain": _chain(5), "tree": Shape(5, 4, 12), "sampled chain": _sampled(5)},
     draft_depth=5,
-    head_rows=30000,
+    head_rows=1 << 30,
     shape_documents=14,
     draws=1000,
-    shuffled=True,
+    shuffled=False,
     curve=True,
-    sigmas=(0.0, 0.25, 1.0, 4.0),
-    windows=(1, 4),
+    sigmas=(0.0, 0.5, 2.0),
+    windows=(1, 2),
     cuts=(
-        "3 of 5 folds tested, one probe seed, trees of 24 nodes",
+        "2 of 5 folds tested, one probe seed, trees of 12 nodes",
         "labels keep 2,048 tokens, the rest is one symbol",
-        "tap sets are ranked on one fold at k = 2 and 3",
+        "tap sets are ranked on one fold at k = 2; the permuted-h control is fitted there too",
     ),
 )
 FULL = replace(
@@ -171,6 +179,10 @@ FULL = replace(
     max_tokens=256,
     rotations=5,
     outcome_share=0.4,
+    predictors=1 << 30,
+    outcomes=1 << 30,
+    ranking_depths=2,
+    shuffled=True,
     ranking_rotations=2,
     seeds=3,
     symbols=8192,

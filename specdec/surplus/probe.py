@@ -1,10 +1,10 @@
-"""E1, the nested conditional probe: log q = log softmax(log r(y|z) + U F([norm(h); enc(z)])) (theory.md 2.2).
+"""E1, the nested conditional probe: log q = log softmax(log q0 + U F([norm(h); enc(z)])) (theory.md 2.2).
 
-It starts exactly at the control r (last map zero), so ignoring h is always within reach; h and z meet inside
-F's non-linearity, because additive logits recover nothing when only their interaction informs. Trained on the
-target's own law as soft labels. Probes of several depths walk the text together: a row's label law is
-computed once. Knows tensors only. Dimension legend: T rows, F feature width, M label symbols, e token width,
-k depth, B batch.
+q0 is the control r, or its mixture with a linear reader of h in closed form where that does better on validation text
+(`start`); F's last map begins at zero, so ignoring h is always within reach. h and z meet inside F's non-linearity,
+because additive logits recover nothing when only their interaction informs. Trained on the target's own law as soft
+labels. Probes of several depths walk the text together: a row's label law is computed once. Knows tensors only.
+Dimension legend: T rows, F feature width, M label symbols, e token width, k depth, B batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from specdec.surplus.contract import Contexts, contexts
 from specdec.surplus.control import Control
 from specdec.surplus.labels import Labels
 from specdec.surplus.sources import permute_within
+from specdec.surplus.start import WIDEST, Lesson, Start, fit_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class ProbeSettings:
         epochs, patience: at most `epochs`, stop after `patience` without a better validation value.
         batch: rows t per step; `block` neighbours stay together so that depths share label rows.
         rate, decay: of AdamW; the rate falls along a cosine.
+        start: begin at the closed form instead of the control.
         seed: of weights and order.
     """
 
@@ -100,25 +102,27 @@ class ProbeSettings:
     block: int = 16
     rate: float = 2e-3
     decay: float = 1e-2
+    start: bool = True
     seed: int = 0
 
 
 class Probe(nn.Module):
-    """F([norm(h); enc(z)]) and U: the logits added to the control's.
+    """U F([norm(h); enc(z)]) and the closed-form start: the logits added to the control's.
 
-    `norm` divides by the root mean square, keeps its logarithm as one more feature (nothing is lost) and
-    standardises
-    every dimension by training statistics: residual streams carry dimensions a thousand times larger than
-    others.
+    `norm` divides by the root mean square, keeps its logarithm as one more feature (nothing is lost) and standardises
+    every dimension by training statistics: residual streams carry dimensions a thousand times larger than others.
     """
 
     def __init__(self, data: ProbeData, train: Contexts, settings: ProbeSettings) -> None:
         super().__init__()
         slots = train.depth - 1
         self.tokens, self.unembedding = data.tokens.float(), data.unembedding.float()
-        every = 1 + train.at.shape[0] // 20000
-        sample = _spherical(data.inputs(train.take(torch.arange(0, train.at.shape[0], every))))
+        every = train.take(torch.arange(0, train.at.shape[0], 1 + train.at.shape[0] // 20000))
+        sample = _spherical(data.inputs(every))
         self.centre, self.scale = sample.mean(0), sample.std(0).clamp_min(1e-6)
+        spoken = self.tokens[every.z].flatten(1)
+        self.mean, self.spread = spoken.mean(0), spoken.std(0).clamp_min(1e-6)
+        self.start = Start()
         # One encoder per slot: x_{t+1} and x_{t+2} play different parts.
         shape = (slots, self.tokens.shape[1], settings.token_width)
         self.encode = nn.Parameter(torch.randn(shape) / math.sqrt(self.tokens.shape[1]))
@@ -129,13 +133,27 @@ class Probe(nn.Module):
         self.last = nn.Linear(settings.rank, self.unembedding.shape[1], bias=False)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, features: Tensor, z: Tensor) -> Tensor:
-        """features [n, F], z int64 [n, k - 1] -> logits [n, M] to add to log r."""
+    def begin(self, data: ProbeData, lesson: Lesson) -> None:
+        """Fit the closed form, unless it would have too many inputs."""
+        if self.centre.shape[0] + self.mean.shape[0] <= WIDEST:
+            self.start = fit_start(lambda where: self._linear(data.inputs(where), where.z), lesson)
+
+    def _linear(self, features: Tensor, z: Tensor) -> Tensor:
+        state = (_spherical(features) - self.centre) / self.scale
+        return torch.cat([state, (self.tokens[z].flatten(1) - self.mean) / self.spread], dim=-1)
+
+    def forward(self, features: Tensor, z: Tensor, log_r: Tensor) -> Tensor:
+        """features [n, F], z int64 [n, k - 1], log r [n, M] -> logits [n, M] to add to log r."""
         state = (_spherical(features) - self.centre) / self.scale
         codes = torch.einsum("nse,sew->nsw", self.tokens[z], self.encode).flatten(1)
-        hidden: Tensor = self.body(torch.cat([state, codes], dim=-1))
-        # U times the last map first: the low rank then carries the batch, half the work at rank 128.
-        return hidden @ (self.unembedding @ self.last.weight).T
+        hidden: Tensor = self.last(self.body(torch.cat([state, codes], dim=-1)))
+        start = self.start
+        if start.weight is None or start.constant is None or start.bias is None:
+            return hidden @ self.unembedding.T
+        spoken = (self.tokens[z].flatten(1) - self.mean) / self.spread
+        linear = torch.cat([state, spoken], dim=-1) @ start.weight + start.constant
+        logits: Tensor = (hidden + linear) @ self.unembedding.T + start.bias - start.gate * log_r
+        return logits
 
 
 def _spherical(features: Tensor) -> Tensor:
@@ -162,8 +180,8 @@ class Fitted:
     @torch.no_grad()
     def log_probs(self, data: ProbeData, where: Contexts) -> Tensor:
         """float32 log q [n, M]."""
-        logits = self.control.log_probs(where.z) + self.probe(data.inputs(where), where.z)
-        return torch.log_softmax(logits, dim=-1)
+        log_r = self.control.log_probs(where.z)
+        return torch.log_softmax(log_r + self.probe(data.inputs(where), where.z, log_r), dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +250,10 @@ def fit_probes(
     torch.manual_seed(settings.seed)
     probes = {depth: Probe(data, where, settings) for depth, where in train.items()}
     torch.random.set_rng_state(torch_state)
+    if settings.start:
+        for depth, probe in probes.items():
+            lesson = Lesson(train[depth], val[depth], data.labels, controls[depth], probe.unembedding)
+            probe.begin(data, lesson)
     course = {depth: _Course(probe, controls[depth]) for depth, probe in probes.items()}
     _validate(data, val, course, settings)
     _train(data, train, val, course, settings)
@@ -250,7 +272,7 @@ class _Course:
         """Mean soft cross-entropy of a batch."""
         where = batch.where
         base = self.control.log_probs(where.z)
-        log_q = torch.log_softmax(base + self.probe(data.inputs(where), where.z), dim=-1)
+        log_q = torch.log_softmax(base + self.probe(data.inputs(where), where.z, base), dim=-1)
         return -(batch.log_p.exp() * log_q).sum(-1).mean()
 
     def note(self, score: float) -> None:

@@ -41,15 +41,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return (tensors, told) if meta.get("checksum") == checksum(tensors) else None
 
 
-def save_estimates(path: Path, estimates: Mapping[int, Estimate], key: str) -> None:
-    """Keep a cross-fit; `key` says of what."""
+def save_estimates(path: Path, estimates: Mapping[int, Estimate], key: str, seconds: float = 0.0) -> None:
+    """Keep a cross-fit; `key` says of what, `seconds` what it cost."""
     tensors = {
         f"{k}.{name}": getattr(each.scores, name)
         for k, each in estimates.items()
         for name in Scores.__slots__
     }
     told = {str(k): [dict(each.bank), each.seed_spread] for k, each in estimates.items()}
-    save_tensors(path, tensors, {"key": key, "estimates": told})
+    save_tensors(path, tensors, {"key": key, "estimates": told, "seconds": round(seconds, 3)})
 
 
 def load_estimates(path: Path, key: str) -> dict[int, Estimate] | None:

@@ -108,10 +108,11 @@ def assign_roles(passages: Sequence[Passage], plan: Plan, *, head: bool, seed: i
     check_documents(plan, len(unique), head=head)
     chosen = _balanced(unique, plan.documents)
     if not head:
-        return Roles(tuple(chosen), ())
+        return Roles(tuple(chosen[: plan.predictors]), ())
     doc, domain = torch.arange(len(chosen)), group_numbers([p.domain for p in chosen])
     first, second = split_roles(doc, outcome=plan.outcome_share, seed=seed, domain=domain)
-    return Roles(tuple(chosen[i] for i in first.tolist()), tuple(chosen[i] for i in second.tolist()))
+    predictors = tuple(chosen[i] for i in first.tolist()[: plan.predictors])
+    return Roles(predictors, tuple(chosen[i] for i in second.tolist()[: plan.outcomes]))
 
 
 def _balanced(passages: Sequence[Passage], count: int) -> list[Passage]:
@@ -192,9 +193,13 @@ class _Run:
         return None if self.head is None else self.head.ids.cpu()
 
     def report(self) -> Report:
-        """All stages in order."""
+        """All stages in order, the costly ones that are kept between runs first."""
         main = self.sets[0]
         estimates = self._estimates(main)
+        if self.head is not None:
+            for name in self.plan.shapes:
+                self._decode(self.head, name)
+            self._estimates(main, small=True)
         values = self._told() | {"floor": self._floor()}
         values |= measure.cells(self.material, main, estimates, self.plan)
         values["taps"] = self._ranking()

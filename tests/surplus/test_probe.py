@@ -67,7 +67,8 @@ def test_probe_starts_exactly_at_its_control() -> None:
     data = interaction()
     where = data.contexts(2, masks(data)[0])
     probe = Probe(data, where, SMALL)
-    assert torch.equal(probe(data.inputs(where), where.z), torch.zeros(where.at.shape[0], 2))
+    log_r = torch.full((where.at.shape[0], 2), 0.5).log()
+    assert torch.equal(probe(data.inputs(where), where.z, log_r), torch.zeros(where.at.shape[0], 2))
 
 
 def test_probe_recovers_what_only_the_interaction_of_h_and_z_tells() -> None:
@@ -153,3 +154,32 @@ def test_nan_features_and_empty_parts_are_refused() -> None:
         replace(data, features=bad)
     with pytest.raises(RequestError, match="no train contexts"):
         fit(data, SMALL, (30,))
+
+
+def linear(shuffled: bool, documents: int = 60, length: int = 20) -> ProbeData:
+    """x_{t+2} depends on h_t alone, through logits that are linear in it; or h of another row, which says nothing."""
+    generator = torch.Generator().manual_seed(2)
+    rows = documents * length
+    features = torch.randn(rows, 6, generator=generator)
+    logits = 2 * features @ torch.randn(6, 8, generator=generator)
+    law = logits.roll(1, 0).log_softmax(-1)
+    seen = features[torch.randperm(rows, generator=generator)] if shuffled else features
+    doc = torch.arange(documents).repeat_interleave(length)
+    ids = torch.randint(8, (rows,), generator=generator)
+    return ProbeData(ids, doc, seen, TableLabels(law), torch.eye(8), torch.randn(8, 8, generator=generator))
+
+
+def test_the_closed_form_finds_what_is_linear_before_any_step() -> None:
+    data = linear(shuffled=False)
+    still = replace(SMALL, epochs=0)
+    test = data.contexts(2, masks(data)[2])
+    found = fit(data, still)[2]
+    assert found.probe.start.gate > 0
+    assert surplus(found, data, test) > 0.5
+    assert surplus(fit(data, replace(still, start=False))[2], data, test) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_closed_form_is_left_alone_where_h_says_nothing() -> None:
+    data = linear(shuffled=True)
+    found = fit(data, replace(SMALL, epochs=0))[2]
+    assert abs(surplus(found, data, data.contexts(2, masks(data)[2]))) < 0.03
