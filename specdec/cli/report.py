@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,16 +103,32 @@ def make(console: Console, args: argparse.Namespace) -> int:
         temperature=args.temperature, seed=args.seed, told=_told(args, len(dialogues)),
     )  # fmt: skip
     _announce(console, order)
+    started = time.monotonic()
     with _Bars(console) as bars:
         report = runs.run(order, bars.say)
+    report.values["told"] |= _cost(time.monotonic() - started)
     page = write_report(report, args.out, force=args.force)
     if args.work is None:
         _remove(work)
     summary(console, report.values)
+    told = report.values["told"]
+    console.print(f"peak memory {told['peak memory (GiB)']} GiB, {told['minutes']} minutes", highlight=False)
     console.print(f"report: {page}", highlight=False)
     if args.json:
         sys.stdout.write((args.out / "report.json").read_text(encoding="utf-8") + "\n")
     return 0
+
+
+def _cost(seconds: float) -> dict[str, float]:
+    """Minutes and peak memory of this process; what an earlier, interrupted run kept is not counted in the minutes."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak = used.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    minutes, busy = seconds / 60, (used.ru_utime + used.ru_stime) / 60
+    return {
+        "minutes": round(minutes, 1), "processor minutes": round(busy, 1), "peak memory (GiB)": round(peak, 2)
+    }  # fmt: skip
 
 
 def _dtype(name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from specdec.errors import RequestError
 from specdec.surplus.draft import DraftRows
 from specdec.surplus.estimate import Estimate
-from specdec.surplus.forecasts import Aligned, tree_tau_of
+from specdec.surplus.forecasts import Aligned
 from specdec.surplus.interval import resamples
 from specdec.surplus.outcome import Measured
 from specdec.surplus.plan import Plan
@@ -21,17 +21,20 @@ from specdec.surplus.values import Value, clean, number
 
 
 def predicted_tau(aligned: Aligned, plan: Plan, shapes: Sequence[TreeShape]) -> dict[str, float]:
-    return {
-        name: tree_tau_of(aligned, shapes) if name == "tree" else aligned.law(name).tau
-        for name in plan.shapes
-    }
+    """tau of every shape from predictor documents alone."""
+    return {name: aligned.rounds(name, shapes).tau for name in plan.shapes}
 
 
 def selection(aligned: Aligned, plan: Plan) -> list[Value]:
-    """Survivors against the text at large, per draft depth of the chain."""
-    law = aligned.law("chain")
+    """Per draft depth of the chain: all text, survivors, and what the engine's rounds meet."""
+    law, met = aligned.law(), aligned.rounds("chain", ()).alpha
     return [
-        {"depth": j + 1, "forced": clean(float(law.forced[j])), "survivors": clean(float(law.alpha[j]))}
+        {
+            "depth": j + 1,
+            "forced": clean(float(law.forced[j])),
+            "survivors": clean(float(law.alpha[j])),
+            "rounds": clean(float(met[j])),
+        }
         for j in range(len(aligned.depths))
     ]
 

@@ -186,6 +186,7 @@ class Document:
         taps: [R, A, d].
         final: [R, d].
         start: first row whose next token the target wrote.
+        layers: the tapped layer of each column of `taps`.
     """
 
     doc: int
@@ -194,6 +195,7 @@ class Document:
     taps: Tensor
     final: Tensor
     start: int
+    layers: tuple[int, ...]
 
 
 def documents(directory: Path, manifest: Manifest) -> Iterator[Document]:
@@ -203,7 +205,9 @@ def documents(directory: Path, manifest: Manifest) -> Iterator[Document]:
             rows = shard.doc == number
             start = int(shard.written[rows].to(torch.int64).argmax())
             domain = int(shard.domain[rows][0])
-            yield Document(number, domain, shard.ids[rows], shard.taps[rows], shard.final[rows], start)
+            yield Document(
+                number, domain, shard.ids[rows], shard.taps[rows], shard.final[rows], start, manifest.layers
+            )
 
 
 class _Witness:

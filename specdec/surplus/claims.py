@@ -186,6 +186,13 @@ def _over(
     return Interval(value, float(low), float(high), drawn.group.shape[0], drawn.documents)
 
 
+def attainable(outcomes: CellOutcomes, *, draws: int = 500, seed: int = 0) -> float:
+    """R^2 that exact predictions would reach: 1 minus the cells' sampling variance over their spread."""
+    samples, whole = outcomes.draws(resamples(outcomes.doc, draws=draws, seed=seed)), outcomes.measured()
+    noise = (samples - samples.nanmean(0)).square().nanmean()
+    return 1 - float(noise / whole.var(unbiased=False))
+
+
 def claim_f2(
     name: str,
     predicted: Tensor,

@@ -216,15 +216,15 @@ class NeuralTable(nn.Module):
             nn.Linear(slots * tokens.shape[1], settings.width),
             nn.GELU(),
             nn.Linear(settings.width, settings.rank),
-            nn.Linear(settings.rank, unembedding.shape[1], bias=False),
         )
-        nn.init.zeros_(self.inner[-1].weight)  # type: ignore[arg-type]  # Sequential hides the Linear
+        self.last = nn.Linear(settings.rank, unembedding.shape[1], bias=False)
+        nn.init.zeros_(self.last.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         """z [n, k - 1] -> log r [n, M], with gradient."""
-        hidden = self.inner[:-1](self.tokens[z].flatten(1))
+        hidden = self.inner(self.tokens[z].flatten(1))
         # U times the last map first: the low rank then carries the batch.
-        out = hidden @ (self.unembedding @ self.inner[-1].weight).T
+        out = hidden @ (self.unembedding @ self.last.weight).T
         return torch.log_softmax(self.base.log() + out, dim=-1)
 
     @torch.no_grad()
@@ -238,7 +238,7 @@ def fit_table(
     model: NeuralTable, train: Contexts, val: Contexts, labels: Labels, settings: TableSettings
 ) -> NeuralTable:
     """AdamW on soft cross-entropy; the epoch best on `val` is kept (the untouched start is epoch 0)."""
-    optimizer = torch.optim.AdamW(model.inner.parameters(), lr=settings.rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(settings.seed)
     best, state = cross_entropy(model, val, labels), _snapshot(model)
     for _ in range(settings.epochs):

@@ -11,7 +11,7 @@ vocabulary, V vocabulary, m children counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,8 @@ from specdec.surplus.predict import truncated
 RANKS = max(TOPS)
 SAMPLE = 4
 """Every so many rows of a document are kept with full laws, for calibration."""
+SPARSE = 24
+"""Every so many with the head's and the target's states, for geometry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class DraftRows:
         rank: int64 [n], rank of the token that came in q, RANKS where it is not among the best.
         masses: float32 [n, RANKS], the target's mass on the r-th best token of q.
         law: log p and log q [s, M] lumped of a sample of rows, with their documents [s].
+        states: the head's output y and the target's final state [s, d] of a sample, with their documents [s].
     """
 
     depth: int
@@ -53,6 +56,7 @@ class DraftRows:
     rank: Tensor
     masses: Tensor
     law: tuple[Tensor, Tensor, Tensor]
+    states: tuple[Tensor, Tensor, Tensor]
 
 
 def draft_lumping(ids: Tensor, weight: Tensor, keep: int) -> Lumping:
@@ -86,13 +90,11 @@ class ReadSettings:
         columns: of the captured taps, those the head consumes.
         depths: K, draft depths to unroll.
         lumping: labels shared with the probes; None keeps the vocabulary.
-        stride: score every so many-th context.
     """
 
     columns: tuple[int, ...]
     depths: int
     lumping: Lumping | None = None
-    stride: int = 1
 
 
 class HeadReader:
@@ -128,10 +130,10 @@ class HeadReader:
         laws = self._laws(document, outputs)
         made = []
         for j, y in enumerate(outputs, start=1):
-            at = torch.arange(document.start, document.ids.shape[0] - j, self.settings.stride)
+            at = torch.arange(document.start, document.ids.shape[0] - j)
             if not at.numel():
                 break
-            made.append(self._depth(laws, j, self._log_q(y[at]), at, first_row))
+            made.append(self._depth(laws, j, y[at], at, first_row))
         return made
 
     def _laws(self, document: Document, outputs: list[Tensor]) -> _Laws:
@@ -157,9 +159,9 @@ class HeadReader:
             g = self.head.feedback(y)
         return outputs
 
-    def _depth(self, laws: _Laws, j: int, log_q: Tensor, at: Tensor, first: int) -> DraftRows:
-        """Rows of the contexts `at` [n] at draft depth j, log_q [n, Vd]."""
-        document, label = laws.document, at + j - laws.document.start
+    def _depth(self, laws: _Laws, j: int, y: Tensor, at: Tensor, first: int) -> DraftRows:
+        """Rows of the contexts `at` [n] at draft depth j, y [n, H] the head's outputs."""
+        document, label, log_q = laws.document, at + j - laws.document.start, self._log_q(y)
         log_p, lumped_p, lumped_q = laws.log_p[label], laws.lumped[label], self._lumped(log_q)
         where = Contexts(j + 1, torch.arange(len(at)), at[:, None])
         doc = torch.full((len(at),), document.doc)
@@ -180,7 +182,11 @@ class HeadReader:
         log_ratio, rank = self._came(document, at + j + 1, log_p, log_q, picks)
         some = torch.arange(j % SAMPLE, len(at), SAMPLE)
         law = (lumped_p[some], lumped_q[some], doc[some])
-        return DraftRows(j + 1, scores, fresh - scores.entropy, cut.coverage, log_ratio, rank, masses, law)
+        few = torch.arange(j % SPARSE, len(at), SPARSE)
+        states = (y[few].float().cpu(), document.final[at[few] + j].float(), doc[few])
+        return DraftRows(
+            j + 1, scores, fresh - scores.entropy, cut.coverage, log_ratio, rank, masses, law, states
+        )
 
     def _log_q(self, y: Tensor) -> Tensor:
         """The head's law at the serving temperature, float32 [n, Vd] on the host."""
@@ -279,13 +285,18 @@ def _joined(depth: int, parts: list[DraftRows]) -> DraftRows:
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("fresh_gap", "coverage", "log_ratio", "rank", "masses")
     }
-    laws = [torch.cat(column) for column in zip(*(part.law for part in parts), strict=True)]
-    return DraftRows(depth, join([part.scores for part in parts]), law=(laws[0], laws[1], laws[2]), **columns)
+    law, states = (_stacked(found) for found in ([p.law for p in parts], [p.states for p in parts]))
+    return DraftRows(depth, join([part.scores for part in parts]), law=law, states=states, **columns)
+
+
+def _stacked(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, c = (torch.cat(column) for column in zip(*parts, strict=True))
+    return a, b, c
 
 
 def take(rows: DraftRows, keep: Tensor) -> DraftRows:
-    """Rows picked by a mask or index; the sample of laws stays."""
+    """Rows picked by a mask or index; the samples of laws and states stay."""
     columns = {
         name: getattr(rows, name)[keep] for name in ("fresh_gap", "coverage", "log_ratio", "rank", "masses")
     }
-    return DraftRows(rows.depth, rows.scores.take(keep), law=rows.law, **columns)
+    return DraftRows(rows.depth, rows.scores.take(keep), law=rows.law, states=rows.states, **columns)

@@ -1,14 +1,18 @@
 """The landscape of captured states: Fisher-Rao geometry, entropies of the kernel, and spectral alignment of tap sets.
 
-None of it needs a trained probe. Knows captured text and labels. Dimension legend: N rows, V vocabulary.
+None of it needs a trained probe. Knows captured text, labels and a head's rows. Dimension legend: N rows, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from specdec.surplus.cells import ENTROPY_EDGES, bin_names
+from specdec.surplus.contract import TargetHead
+from specdec.surplus.draft import DraftRows
 from specdec.surplus.entropy import gini_simpson, renyi, shannon
 from specdec.surplus.geometry import fisher_factor, forecast, spectrum
 from specdec.surplus.interval import resamples
@@ -117,3 +121,31 @@ def entropies(material: Material, plan: Plan) -> Value:
     told["information_full"] = _mean(doc, torch.cat(full), plan)
     told["information_lumped"] = _mean(doc, torch.cat(lumped or full), plan)
     return told
+
+
+def feature_errors(rows: Mapping[int, DraftRows], head: TargetHead, plan: Plan) -> list[Value]:
+    """How much of the head's feature error lies in directions that change the target's law, per depth.
+
+    The error is the head's output against the target's final state, both at unit RMS: the norm that follows forgets
+    the scale. `share` is log e'Ge / (|e|^2 tr G / d): above 0 the error lies in predictive directions, 0 is isotropic.
+    `size` is |e|^2 over the state's own; `kl` what moving the target's state by e really costs, nats.
+    """
+    told: list[Value] = []
+    for k, each in sorted(rows.items()):
+        ours, final, doc = each.states
+        if not doc.numel() or ours.shape[1] != final.shape[1]:
+            continue
+        error = _unit(ours) - _unit(final)
+        parts = [
+            forecast(head, _unit(state), wrong)
+            for state, wrong in zip(torch.split(final, 32), torch.split(error, 32), strict=True)
+        ]
+        share, kl = torch.cat([p.share for p in parts]), torch.cat([p.exact_kl for p in parts])
+        size = error.square().mean(-1)
+        row: Value = {"depth": k, "share": _mean(doc, share, plan), "kl": _mean(doc, kl, plan)}
+        told.append(row | {"size": _mean(doc, size, plan)})
+    return told
+
+
+def _unit(states: Tensor) -> Tensor:
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-12)

@@ -7,7 +7,7 @@ Dimension legend: N rows, V vocabulary, M label symbols, d hidden width, e token
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from specdec.surplus.landscape import alignment
 from specdec.surplus.material import Material
 from specdec.surplus.nce import NceSettings, agreement, critic_values, fit_critic
 from specdec.surplus.plan import Plan, TapSet, name_of
-from specdec.surplus.probe import fit_probes
+from specdec.surplus.probe import fit_probes, permuted
 from specdec.surplus.rows import load_estimates, save_estimates
 from specdec.surplus.values import Value, cell_row, clean, number
 
@@ -156,9 +156,46 @@ def noise_curve(material: Material, taps: TapSet, plan: Plan) -> Value:
     return dose_row(found)
 
 
-def window_curve(material: Material, recompute: Callable[[int], Tensor], plan: Plan) -> Value:
+def window_curve(
+    material: Material, recompute: Callable[[int], Tensor], windows: Sequence[int], plan: Plan
+) -> Value:
     """E3, window: the surplus at k = 2 must rise with the tokens that the state was computed from."""
-    return dose_row(window_response(recompute, plan.windows, surplus_of(material, plan)))
+    return dose_row(window_response(recompute, windows, surplus_of(material, plan)))
+
+
+def permuted_control(material: Material, taps: TapSet, plan: Plan) -> Value:
+    """The negative control on real text: h of another context with equal z, at k = 2 on the first fold.
+
+    `surplus` is what a blind probe finds beyond another blind probe of the same architecture: 0 within two standard
+    errors. `excess` is what it finds beyond the bank's best, the control's own excess risk: S and C of the cells are
+    too high by that much, the gap is not.
+    """
+    c, settings = material.captured, plan.estimate()
+    data = material.data(taps)
+    parts = split(data, make_folds(c.doc, folds=plan.folds, domain=c.domain)[0], c.position, settings)
+    control, test = fit_bank(data, parts, 2, settings).best, parts.test[2]
+    crossed = []
+    for seed in (1, 2):
+        blind = permuted(data, parts.masks, (2,), seed)
+        recipe = replace(settings.probe, seed=seed)
+        fitted = fit_probes(blind, {2: parts.train[2]}, {2: parts.val[2]}, {2: control}, recipe)[2]
+        crossed.append(cross_entropies_of(fitted, blind, test))
+    drawn = resamples(c.doc[test.at], draws=plan.draws, minimum=2)
+    found = drawn.mean(crossed[0] - crossed[1])
+    excess = drawn.mean(cross_entropies(control, test, data.labels) - crossed[1])
+    holds = abs(found.value) <= 2 * found.standard_error
+    return {"surplus": number(found), "excess": number(excess), "holds": holds}
+
+
+def bounds(rows: Sequence[Value]) -> Value:
+    """0 <= S <= C in every cell, that is S and the gap not below 0; broken where a whole interval lies below."""
+    broken = [
+        " ".join(f"{name} {level}" for name, level in row["key"].items() if name != "taps")
+        for row in rows
+        if min(row["surplus"]["high"], row["gap"]["high"]) < 0
+    ]
+    below = sum(row["surplus"]["value"] < 0 or row["gap"]["value"] < 0 for row in rows)
+    return {"cells": len(rows), "below": below, "broken": broken}
 
 
 def surplus_of(material: Material, plan: Plan) -> Callable[[Tensor], Interval]:

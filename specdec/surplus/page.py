@@ -208,10 +208,37 @@ def _checks(values: Value) -> str:
                 f"{show(both['e1'])}, {show(both['e2'])}: {told}",
             )
         )
+    rows += _controls(values)
     for depth, bank in values["bank"].items():
         told = ", ".join(f"{name} {value:.3f}" for name, value in bank.items())
         rows.append((f"controls at k = {depth}, validation cross-entropy", told))
     return table(("check", "value"), rows)
+
+
+def _controls(values: Value) -> list[tuple[str, str]]:
+    """What must hold whatever the target: bounds in every cell, the negative control, where the head's error lies."""
+    rows = []
+    broken = values["bounds"]["broken"]
+    told = "holds in every one" if not broken else f"BROKEN in {len(broken)}: {'; '.join(broken)}"
+    rows.append((f"0 <= S <= C in {values['bounds']['cells']} cells, within intervals", told))
+    blind = values["permuted"]
+    if blind is not None:
+        told = "0 within 2 standard errors" if blind["holds"] else "NOT 0"
+        rows.append(
+            (
+                "surplus of h permuted within equal z, against its own architecture",
+                f"{show(blind['surplus'])}: {told}",
+            )
+        )
+        rows.append(
+            ("the same against the best control: S and C are too high by this", show(blind["excess"]))
+        )
+    for row in values.get("feature_error", []):
+        told = f"log share {show(row['share'])}, {show(row['size'], 2)} of the state's square"
+        rows.append(
+            (f"head's feature error at k = {row['depth']} in predictive directions (0: isotropic)", told)
+        )
+    return rows
 
 
 def _making(values: Value) -> str:

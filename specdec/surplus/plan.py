@@ -31,16 +31,18 @@ class Plan:
         budget: its name.
         documents, max_tokens: prompts dealt into roles at most; tokens of one answer.
         depths: k of the probes; 2 is the first draft token.
-        folds, rotations, ranking_rotations, seeds: of the cross-fit; ranking compares tap sets.
+        folds, rotations, ranking_rotations, seeds: of the cross-fit; ranking compares tap sets by the small probe.
         symbols: tokens kept as label symbols, the rest one tail symbol; 0 keeps the vocabulary.
         probe, small: the large probe and the draft-sized one.
         table: of the neural-table control.
         draft_depth: draft tokens per round of the head.
-        head_rows: contexts on which the head is scored on the full vocabulary, evenly spread.
+        head_rows: contexts on which the head is scored on the full vocabulary, in whole documents, about.
         shapes: trees whose acceptance the engine measures, by name.
         shape_documents: predictor documents decoded only to learn the shape of trees.
         draws: bootstrap resamples.
-        shuffled, nce, curve, sigmas, windows: controls and cross-checks to run.
+        shuffled: fit the permuted-h control in every cell too, as a member of the bank.
+        nce: run E2 and the permuted-h control on the first fold.
+        curve, sigmas, windows: cross-checks to run.
         least_events: a cell with fewer measured draft tokens is left out.
         outcome_share: of documents whose acceptance is measured; the rest predict (theory.md 3.4).
         predictors, outcomes: of those roles at most so many are captured and decoded.
@@ -127,7 +129,7 @@ QUICK = Plan(
     small=ProbeSettings(width=96, rank=32, token_width=16, epochs=10, patience=2),
     table=TableSettings(width=128, rank=32, epochs=2),
     draft_depth=5,
-    head_rows=2000,
+    head_rows=8000,
     shapes={"chain": _chain(5), "tree": Shape(5, 4, 16)},
     shape_documents=4,
     draws=500,
@@ -140,8 +142,8 @@ QUICK = Plan(
         "probe depths k = 2 to 4, chains of 5 drafts, trees of 16 nodes",
         "3 of 5 folds tested, one probe seed",
         "labels keep 2,048 tokens, the rest is one symbol",
-        "tap sets are ranked on one fold at k = 2 and 3",
-        "no permuted-h control, learning curve or window curve",
+        "tap sets are ranked on one fold at k = 2 and 3, by the draft-sized probe",
+        "no learning curve or window curve",
     ),
 )
 STANDARD = replace(
@@ -169,7 +171,7 @@ STANDARD = replace(
     cuts=(
         "2 of 5 folds tested, one probe seed, trees of 12 nodes",
         "labels keep 2,048 tokens, the rest is one symbol",
-        "tap sets are ranked on one fold at k = 2; the permuted-h control is fitted there too",
+        "tap sets are ranked on one fold at k = 2 by the draft-sized probe; the permuted-h control is fitted there too",
     ),
 )
 FULL = replace(

@@ -48,7 +48,7 @@ from specdec.surplus.rows import columns_of, group_numbers, load_tensors, save_t
 from specdec.surplus.shards import Manifest, write_text
 from specdec.surplus.values import VERSION, Value, clean
 from specdec.surplus.verdicts import Evidence, judge, without_head
-from specdec.surplus.windows import windowed
+from specdec.surplus.windows import longest, windowed
 from specdec.target.protocol import Target
 
 Say = Callable[[str, int, int], None]
@@ -202,6 +202,7 @@ class _Run:
             self._estimates(main, small=True)
         values = self._told() | {"floor": self._floor()}
         values |= measure.cells(self.material, main, estimates, self.plan)
+        values["bounds"] = measure.bounds(values["cells"])
         values["taps"] = self._ranking()
         values["domains"] = measure.domains(self.material, estimates, self.plan)
         values |= self._checks(main)
@@ -262,6 +263,9 @@ class _Run:
             "cross_check": self._stage("nce", lambda: measure.cross_check(m, main, plan))
             if plan.nce
             else None,
+            "permuted": self._stage("permuted", lambda: measure.permuted_control(m, main, plan))
+            if plan.nce
+            else None,
             "curve": self._stage("curve", lambda: measure.curve(m, main, plan)) if plan.curve else None,
             "noise": self._stage("noise", lambda: measure.noise_curve(m, main, plan))
             if plan.sigmas
@@ -271,7 +275,8 @@ class _Run:
 
     def _windows(self, main: TapSet) -> Value:
         texts = list(documents(self.text, self.manifest))
-        return measure.window_curve(self.material, windowed(self.target, texts, main), self.plan)
+        windows = (*self.plan.windows, longest(texts))
+        return measure.window_curve(self.material, windowed(self.target, texts, main), windows, self.plan)
 
     def _stage(self, name: str, make: Callable[[], Value]) -> Value:
         """A stage whose result is JSON, kept under a key of plan, symbols and text."""
@@ -307,19 +312,21 @@ class _Run:
         found["waterfall"] = waterfall(estimates, small, rows, self.plan)
         found["engine"] = {name: engine_row(run, tau[name], c.domains) for name, run in measured.items()}
         found["selection"] = selection(aligned, self.plan)
+        found["feature_error"] = landscape.feature_errors(rows, c.head, self.plan)
         return found, rows
 
     def _score_head(self, head: DraftHead) -> dict[int, DraftRows]:
         c = self.material.captured
         columns = tuple(c.layers.index(layer) for layer in head.config.taps)
-        stride = max(1, c.ids.shape[0] // self.plan.head_rows)
-        settings = ReadSettings(columns, self.plan.draft_depth, self.material.lumping, stride)
+        every = -(-c.ids.shape[0] // self.plan.head_rows)
+        settings = ReadSettings(columns, self.plan.draft_depth, self.material.lumping)
         reader = HeadReader(head, self.target.embed, c.head, settings)
         first, parts, total = 0, [], len(self.roles.predictors)
-        for document in documents(self.text, self.manifest):
-            parts.append(reader.read(document, first))
+        for number, document in enumerate(documents(self.text, self.manifest)):
+            if number % every == 0:  # whole documents, so that the engine's rounds can be followed
+                parts.append(reader.read(document, first))
             first += document.ids.shape[0] - document.start
-            self.say("head", len(parts), total)
+            self.say("head", number + 1, total)
         return gather(parts)
 
     def _numbered(self) -> list[tuple[int, int, Passage]]:

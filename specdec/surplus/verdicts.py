@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.surplus.association import affine_left_out, auroc, spearman
-from specdec.surplus.claims import CellOutcomes, cell_fit, claim_f1, claim_f2, claim_f4, claim_f5
+from specdec.surplus.claims import CellOutcomes, attainable, cell_fit, claim_f1, claim_f2, claim_f4, claim_f5
 from specdec.surplus.draft import DraftRows
 from specdec.surplus.entropy import Calibration, calibrate
 from specdec.surplus.estimate import Estimate
@@ -167,7 +167,8 @@ def _f2(
         ]
         fit = cell_fit(predicted, outcomes)
         rows[0]["note"] = (
-            f"{outcomes.cells} cells; slope {fit.slope.value:.3f}, mean absolute error {fit.error.value:.3f}"
+            f"{outcomes.cells} cells; slope {fit.slope.value:.3f}, mean absolute error {fit.error.value:.3f}; "
+            f"exact predictions would reach {attainable(outcomes):.2f}"
         )
         return rows
 

@@ -76,6 +76,23 @@ def test_a_broken_shard_is_written_again(target: Target, work: Path) -> None:
     assert paths[0].read_bytes() == missing
 
 
+def test_an_interruption_costs_at_most_the_shard_it_hit(target: Target, work: Path) -> None:
+    passages, told = make_passages(12), list[int]()
+
+    def interrupt(done: int, of: int) -> None:
+        told.append(done)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(target, passages, SETTINGS, work, interrupt)
+    kept = sorted(work.glob("shard-*.safetensors"))
+    assert len(kept) == 2
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert capture(target, passages, SETTINGS, work).shards == 3
+    assert [path.stat().st_mtime_ns for path in kept] == before  # only the third was written
+
+
 def test_an_altered_shard_is_noticed(target: Target, work: Path) -> None:
     paths = taken(target, work)
     tensors = load_file(paths[0])

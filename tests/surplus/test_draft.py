@@ -14,6 +14,7 @@ from specdec.surplus.capture import CaptureSettings, Document, capture, document
 from specdec.surplus.draft import HeadReader, ReadSettings, draft_lumping, gather
 from specdec.surplus.estimate import TOPS
 from specdec.surplus.forecasts import align
+from specdec.surplus.rounds import sampled_chain
 from specdec.target.protocol import Target
 
 TAPS = (1, 4, 6)
@@ -69,7 +70,7 @@ def test_rows_obey_what_must_hold(target: Target, head: DraftHead, work: Path) -
     domain = torch.zeros(first, dtype=torch.int64)
     aligned = align(rows, domain)
     assert all(torch.equal(d.scores.at, aligned.depths[0].scores.at) for d in aligned.depths)
-    assert aligned.law("sampled chain").tau >= aligned.law("chain").tau * 0.5
+    assert aligned.rounds("sampled chain", ()).tau >= aligned.rounds("chain", ()).tau * 0.5
 
 
 def test_block_verification_keeps_at_least_what_the_token_rule_keeps(
@@ -80,7 +81,7 @@ def test_block_verification_keeps_at_least_what_the_token_rule_keeps(
         parts.append(reader(target, head).read(document, first))
         first += document.ids.shape[0] - document.start
     aligned = align(gather(parts), torch.zeros(first, dtype=torch.int64))
-    block = aligned.block_survival()
+    block = sampled_chain(aligned.depths)[0]
     token = torch.stack([d.log_ratio.double().clamp_max(0) for d in aligned.depths], 1).cumsum(1).exp()
     assert (block >= token - 1e-9).all()
     torch.testing.assert_close(block[:, 0], token[:, 0])

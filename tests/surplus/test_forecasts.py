@@ -11,8 +11,6 @@ from specdec.surplus.forecasts import (
     align,
     cell_forecasts,
     probe_forecasts,
-    tree_reach,
-    tree_tau_of,
 )
 from specdec.surplus.outcome import CellKey
 from specdec.surplus.recorder import TreeShape
@@ -39,7 +37,7 @@ def depth(k: int, first: float, seed: int) -> DraftRows:
     masses[:, 0], masses[:, 1] = first, (1 - first) / 2
     law = (torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     return DraftRows(
-        k, scores(first), torch.zeros(ROWS), torch.ones(ROWS), torch.zeros(ROWS), rank, masses, law
+        k, scores(first), torch.zeros(ROWS), torch.ones(ROWS), torch.zeros(ROWS), rank, masses, law, law
     )
 
 
@@ -49,18 +47,19 @@ def aligned() -> Aligned:
 
 
 def test_a_chain_of_independent_depths_is_geometric() -> None:
-    law = aligned().law("chain")
-    assert law.tau == pytest.approx(1 + 0.8 + 0.64 + 0.512, rel=0.03)
-    assert tree_tau_of(aligned(), [CHAIN]) == pytest.approx(1 + 0.8 + 0.64 + 0.512, rel=1e-6)
+    expected = pytest.approx(1 + 0.8 + 0.64 + 0.512, rel=0.05)
+    assert 1 + float(aligned().law().reach.sum()) == expected
+    assert aligned().rounds("chain", ()).tau == expected
+    assert aligned().rounds("tree", [CHAIN]).tau == expected
 
 
 def test_a_tree_counts_every_branch() -> None:
-    assert tree_tau_of(aligned(), [BUSH]) == pytest.approx(1 + 0.8 + 0.1 + 0.64, rel=1e-6)
-    reach = tree_reach(aligned(), [BUSH, CHAIN])
-    assert reach.tolist() == pytest.approx([1, (0.9 + 0.8) / 2, 0.64, 0.256])
-    assert float(reach.sum()) == pytest.approx(
-        (tree_tau_of(aligned(), [BUSH]) + tree_tau_of(aligned(), [CHAIN])) / 2
-    )
+    found = aligned().rounds("tree", [BUSH])
+    assert found.tau == pytest.approx(1 + 0.8 + 0.1 + 0.64, rel=0.05)
+    assert found.alpha.tolist() == pytest.approx([0.9, 0.8, 0.0], abs=1e-6)
+    both = aligned().rounds("tree", [BUSH, CHAIN])
+    assert float(both.alpha[0]) == pytest.approx((0.9 + 0.8) / 2)
+    assert float(both.alpha[1]) == pytest.approx(0.8)
 
 
 def test_cells_follow_shape_and_depth() -> None:
