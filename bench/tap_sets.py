@@ -46,9 +46,9 @@ from training.recipe import load_recipe
 from training.trainer import Task, Trainer
 
 BASE = (
-    "unroll.steps=3", "unroll.curriculum=[]", "vocab.size=8192", "trainer.epochs=1000", "trainer.max_minutes=null",
-    "trainer.tracker=none", "trainer.precision=fp32", "trainer.save_every_minutes=1000",
-    "evaluation.every_minutes=1000",
+    "unroll.steps=2", "unroll.curriculum=[]", "vocab.size=8192", "trainer.epochs=1000", "trainer.max_minutes=null",
+    "trainer.tracker=none", "trainer.save_every_minutes=1000",
+    "trainer.precision=fp32", "evaluation.every_minutes=1000",
 )  # fmt: skip
 SHAPES = {"chain": Growth(5, 1, 6), "tree": Growth(5, 4, 12)}
 GROUP_TOKENS = 700  # padded tokens of a group of held-out documents, the unit that is resampled
@@ -135,7 +135,7 @@ def measured(bench: Bench, taps: TapSet, place: Path) -> dict[str, Any]:
     path = place / f"head-{name_of(taps)}.json"
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if all(kept[name] == value for name, value in key.items()):
+        if all(kept.get(name) == value for name, value in key.items()):
             return kept
     objective, cost = trained(bench, taps)
     row = {**key, "taps": name_of(taps), **cost, **lengths(bench, taps, objective)}
@@ -210,7 +210,7 @@ def main() -> None:
         "--prompts", type=Path, nargs="+", required=True, help="files to take held-out prompts from"
     )
     parser.add_argument("--heldout", type=int, default=48, help="documents to decode (default: 48)")
-    parser.add_argument("--tokens", type=int, default=25_000, help="visited by every head (default: 25,000)")
+    parser.add_argument("--tokens", type=int, default=16_000, help="visited by every head (default: 16,000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     loaded = load_target(args.target, dtype=torch.float32)
