@@ -171,7 +171,7 @@ def run(
     with_transformers: bool,
     tick: Callable[[str, int], Callable[[], None]],
 ) -> list[dict[str, Any]]:
-    """The whole bench; returns rows and appends them to bench/results/speed.jsonl."""
+    """The whole bench; returns rows, and appends those of a set to bench/results/speed.jsonl once it is done."""
     decoder = SpecDecoder.from_pretrained(target, "none", options)
     systems = our_systems(decoder, drafters, options)
     decoder.generate("Tell me a story.", Sampling(max_tokens=32))
@@ -200,8 +200,10 @@ def run(
             job, systems, sampling, repeats, tick(job.name, len(job.prompts) * repeats * len(systems))
         )
         diverged = first_divergences(decoder, job, runs) if sampling.greedy else []
+        made = []
         for row in summarise(job, runs):
             mine = [d for d in diverged if d["system"] == row["system"]]
-            rows.append({**shared, **row, "divergences": mine[:10], "diverged": len(mine)})
-    append("speed", rows)
+            made.append({**shared, **row, "divergences": mine[:10], "diverged": len(mine)})
+        append("speed", made)  # set by set: what was measured is kept, whatever comes after
+        rows += made
     return rows
