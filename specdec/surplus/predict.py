@@ -4,7 +4,7 @@ tree.
 Two verifiers. Sampled drafts: alpha = sum min(p, q) = 1 - TV. Deterministic top-m children (this engine's
 default, and EAGLE's): acceptance is the p-mass of the children, so the target's own entropy costs even a
 perfect draft (theory.md 3.1). Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
-Dimension legend: n contexts, M symbols, K draft depths, N tree nodes, R children ranks.
+Dimension legend: n contexts, M symbols, K draft depths, N tree nodes.
 """
 
 from __future__ import annotations
@@ -180,36 +180,3 @@ def tree_tau(parents: Sequence[int], acceptance: Sequence[float]) -> float:
     for node in range(1, len(parents)):
         reach.append(reach[parents[node]] * acceptance[node])
     return sum(reach)
-
-
-def rank_masses(log_p: Tensor, log_q: Tensor, ranks: int) -> Tensor:
-    """p of the r-th best token of q, [n, R]: weight by survivors and average for `ranked_tree_tau`."""
-    picks = log_q.topk(min(ranks, log_q.shape[-1]), dim=-1).indices
-    return log_p.gather(-1, picks).exp()
-
-
-def ranked_tree_tau(parents: Sequence[int], ranks: Sequence[int], masses: Tensor) -> float:
-    """Tree forecast under positional acceptance (Sequoia's assumption): a node's chance depends on depth and
-    rank.
-
-    Args:
-        parents: as in `tree_tau`.
-        ranks: rank of each node among its siblings, 0 best; entry 0 ignored.
-        masses: [K, R] mean mass of rank r at depth j = row + 1, among survivors.
-
-    Raises:
-        RequestError: a tree deeper or wider than the masses given.
-    """
-    depth = [0] * len(parents)
-    acceptance = [1.0] * len(parents)
-    for node in range(1, len(parents)):
-        depth[node] = depth[parents[node]] + 1
-        if depth[node] > masses.shape[0] or ranks[node] >= masses.shape[1]:
-            raise RequestError(
-                "the tree is larger than the measured masses",
-                field="tree",
-                value=f"depth {depth[node]}, rank {ranks[node]}",
-                allowed=f"depth <= {masses.shape[0]}, rank < {masses.shape[1]}",
-            )
-        acceptance[node] = float(masses[depth[node] - 1, ranks[node]])
-    return tree_tau(parents, acceptance)

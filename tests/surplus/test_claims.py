@@ -8,6 +8,7 @@ from specdec.surplus.claims import (
     Verdict,
     at_least,
     at_most,
+    attainable,
     cell_fit,
     claim_f1,
     claim_f2,
@@ -73,6 +74,13 @@ def test_f2_accepts_a_true_prediction_and_beats_a_constant() -> None:
     fit = cell_fit(truth, measured)
     assert fit.slope.value == pytest.approx(1.0, abs=0.05)
     assert fit.error.value < 0.03
+
+
+def test_what_exact_predictions_would_reach_is_what_they_reach() -> None:
+    truth, measured = outcomes()
+    reached = cell_fit(truth, measured).r_squared.value
+    assert attainable(measured) == pytest.approx(reached, abs=0.03)
+    assert attainable(measured) < 1
 
 
 def test_f2_rejects_a_wrong_prediction_and_a_better_baseline() -> None:

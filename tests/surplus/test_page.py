@@ -45,6 +45,9 @@ def values(**changes: Any) -> Value:
         "floor": {"tv_mean": 1e-6, "tv_max": 1e-5, "rows": 10},
         "cells": [cell(2), cell(3), cell(2, domain="maths")], "thin": [{"depth": "3", "domain": "<b>"}],
         "bank": {"2": {"n-gram": 2.1}},
+        "bounds": {"cells": 3, "below": 1, "broken": ["depth 3 domain <b>"]},
+        "permuted": {"surplus": number(0.01), "excess": number(0.02), "holds": True},
+        "feature_error": [{"depth": 2, "share": number(-1.0), "kl": number(0.5), "size": number(0.6)}],
         "taps": [{"taps": "8", "gap": number(0.2), "depths": [2], "alpha": {"2": number(0.7)}, "tau": 2.1,
                   "alignment": None, "energy": 0.9},
                  {"taps": "1+4+6", "gap": number(0.3), "depths": [2], "alpha": {"2": number(0.6)}, "tau": 2.0,
@@ -73,7 +76,7 @@ def values(**changes: Any) -> Value:
 
 
 def plan_values() -> Value:
-    absent = dict.fromkeys(("floor", "noise", "curve", "cross_check"))
+    absent = dict.fromkeys(("floor", "noise", "curve", "cross_check", "permuted"))
     return values(kind="plan", engine={}, prediction=[], calibration=[], waterfall=[], **absent)
 
 
@@ -89,6 +92,15 @@ def test_the_page_stands_alone_and_trusts_no_name() -> None:
     assert "tiny&lt;script&gt;" in page
     assert "a &amp; b" in page
     assert "$" not in page  # every place of the template was filled
+
+
+def test_the_checks_say_what_does_not_hold() -> None:
+    page = make_page(values(), [])
+    assert "BROKEN in 1: depth 3 domain &lt;b&gt;" in page
+    assert "0 within 2 standard errors" in page
+    assert "log share -1.000" in page
+    blind = {"surplus": number(0.3), "excess": number(0.3), "holds": False}
+    assert "NOT 0" in make_page(values(permuted=blind, bounds={"cells": 3, "below": 0, "broken": []}), [])
 
 
 def test_figures_have_titles_captions_and_both_formats() -> None:

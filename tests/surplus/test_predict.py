@@ -15,8 +15,6 @@ from specdec.surplus.predict import (
     geometric_tau,
     overlap,
     pinsker_bound,
-    rank_masses,
-    ranked_tree_tau,
     sampled_survival,
     tree_tau,
     truncated,
@@ -61,7 +59,6 @@ def test_children_mass_by_hand() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]]).log()
     q = torch.tensor([[0.1, 0.3, 0.6]]).log()
     assert [round(float(children_mass(p, q, m)), 4) for m in (1, 2, 3, 9)] == [0.2, 0.5, 1.0, 1.0]
-    torch.testing.assert_close(rank_masses(p, q, 2), torch.tensor([[0.2, 0.3]]))
 
 
 @given(st.integers(0, 300))
@@ -146,12 +143,3 @@ def test_without_correction_the_chain_would_be_wrong() -> None:
 def test_tree_sums_path_products_and_a_chain_tree_is_geometric() -> None:
     assert tree_tau([0, 0, 0, 1], [1.0, 0.5, 0.25, 0.5]) == pytest.approx(2.0)
     assert tree_tau([0, 0, 1, 2], [1.0, 0.7, 0.7, 0.7]) == pytest.approx(geometric_tau(0.7, 3))
-
-
-def test_ranked_tree_looks_up_depth_and_rank_and_refuses_unmeasured_nodes() -> None:
-    masses = torch.tensor([[0.5, 0.25], [0.4, 0.1]])
-    assert ranked_tree_tau([0, 0, 0, 1], [0, 0, 1, 0], masses) == pytest.approx(1 + 0.5 + 0.25 + 0.5 * 0.4)
-    with pytest.raises(RequestError, match="rank 2"):
-        ranked_tree_tau([0, 0], [0, 2], masses)
-    with pytest.raises(RequestError, match="depth 3"):
-        ranked_tree_tau([0, 0, 1, 2], [0, 0, 0, 0], masses)

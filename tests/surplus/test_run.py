@@ -61,6 +61,22 @@ def test_the_identity_holds_and_every_number_has_an_interval(finished: tuple[Rep
     json.dumps(values, allow_nan=False)
 
 
+def test_controls_and_geometry_of_the_head_are_reported(finished: tuple[Report, Path]) -> None:
+    values = finished[0].values
+    assert values["bounds"]["cells"] == len(values["cells"])
+    assert set(values["permuted"]) == {"surplus", "excess", "holds"}
+    assert [row["depth"] for row in values["feature_error"]] == [2, 3, 4]
+    for row in values["feature_error"]:
+        assert row["size"]["value"] > 0.5  # a random head is nowhere near the target's state
+    assert [row["depth"] for row in values["selection"]] == [1, 2, 3]
+
+
+def test_a_budget_caps_each_role() -> None:
+    plan = replace(TINY_PLAN, predictors=41, outcomes=20)
+    roles = assign_roles(make_passages(70), plan, head=True)
+    assert (len(roles.predictors), len(roles.outcomes)) == (41, 20)
+
+
 def test_forecasts_from_other_documents_are_near_the_engine(finished: tuple[Report, Path]) -> None:
     engine = finished[0].values["engine"]
     assert set(engine) == {"chain", "tree", "sampled chain"}
