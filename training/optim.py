@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.head.config import HeadConfig
+from specdec.layers.linear import multiplies_bfloat16
 
 STEPS = 5  # Newton-Schulz iterations
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic that Muon iterates
@@ -120,7 +121,7 @@ def blocks(config: HeadConfig) -> dict[str, tuple[list[int], list[int]]]:
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V' of matrix = U S V': singular values land between 0.7 and 1.2. float32 [m, n] -> float32."""
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if multiplies_bfloat16(matrix.device) else matrix
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)

@@ -48,12 +48,20 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, str(CACHED))
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Does the device multiply bfloat16 itself? CPUs that do not are far slower in it than in float32."""
+    if device.type != "cpu":
+        return True
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def packing_of(weight: Tensor) -> Packing | None:
     """How this weight is packed on this machine; None where no packing exists."""
     if weight.device.type != "cpu":
         return None
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    in_hardware = bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    in_hardware = multiplies_bfloat16(weight.device)
     if native.can_multiply(weight) and not (weight.dtype == torch.bfloat16 and in_hardware):
         return "native"
     if weight.dtype == torch.bfloat16:
