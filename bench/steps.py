@@ -1,8 +1,9 @@
 """`python -m bench.steps`: one forward over trees of 1 to 64 nodes, drafting, whole rounds; each against its floor.
 
 The floor of a step is the time that reading all weights and the committed keys and values takes at the measured copy
-bandwidth. Targets are named as for `specdec generate`; `random-8b` is an 8B Llama with random weights, for mechanics
-only. Rows go to `results/steps.jsonl` as they are made. `--device cpu` runs the plain half anywhere.
+bandwidth. Targets are named as for `specdec generate`; `random-8b` is an 8B Llama of random weights and `random-135m`
+a SmolLM2, for mechanics only. Rows go to `results/steps.jsonl` as they are made. `--device cpu` runs the plain half
+anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -37,15 +38,20 @@ from specdec.target.protocol import Target, TargetInfo
 from specdec.tree import chain
 
 REPEATS = 15
-RANDOM = "random-8b"
+RANDOM, SMALL = "random-8b", "random-135m"
 DRAFT_VOCAB = 32000  # of a random head
 EIGHT_B = LeanConfig(
     vocab=128256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, eps=1e-5, theta=5e5,
     scaling=None, max_length=8192, qkv_bias=False, out_bias=False, qk_norm=False, tied=False, windows=(None,) * 32,
 )  # fmt: skip
+SMOL = replace(EIGHT_B, vocab=49152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
+               theta=1e5, tied=True, windows=(None,) * 30)  # fmt: skip
+SHAPES = {RANDOM: EIGHT_B, SMALL: SMOL}
 
 
-def random_target(config: LeanConfig, device: torch.device, dtype: torch.dtype) -> LeanTarget:
+def random_target(
+    config: LeanConfig, device: torch.device, dtype: torch.dtype, name: str = RANDOM
+) -> LeanTarget:
     """A lean target of random weights, made on the device."""
     with torch.device("meta"):
         decoder = LeanDecoder(config, ReferenceAttention())
@@ -57,7 +63,7 @@ def random_target(config: LeanConfig, device: torch.device, dtype: torch.dtype) 
     decoder.freeze()
     choice = choose_attention(decoder.cache_shape(), config.heads)
     decoder.attention = choice.attention
-    info = TargetInfo(RANDOM, "LlamaForCausalLM", config.vocab, config.hidden, config.layers, config.max_length, (),
+    info = TargetInfo(name, "LlamaForCausalLM", config.vocab, config.hidden, config.layers, config.max_length, (),
                       dtype, device, "random", decoder.cache_shape())  # fmt: skip
     return LeanTarget(decoder, info, choice)
 
@@ -195,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bandwidth = ceiling.bytes
         append("steps", [{"kind": "ceiling", **asdict(ceiling)}])
     for name in args.targets:
-        target = (random_target(EIGHT_B, device, torch.bfloat16) if name == RANDOM
+        target = (random_target(SHAPES[name], device, torch.bfloat16, name) if name in SHAPES
                   else load_target(name, dtype=torch.bfloat16, device=device, prefer="lean").target)  # fmt: skip
         assert isinstance(target, LeanTarget)
         for row in measure(target, args, bandwidth):

@@ -20,6 +20,7 @@ from torch import Tensor
 from specdec import tree as trees
 from specdec.accept import walk
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from specdec.stats import Counters
 from specdec.tree import DraftTree
 from training.unroll import Reading, Unroll, graded_rows
@@ -139,8 +140,9 @@ class _TreeAttend:
     def __init__(self, prefix: _Prefix, own_key: Tensor, own_value: Tensor) -> None:
         self.prefix, self.own_key, self.own_value = prefix, own_key, own_value
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [P, K, heads, D], key and value [P, K, G, D] -> [P, K, heads, D]."""
+    def __call__(self, new: Heads, scale: float) -> Tensor:
+        """Heads of [P, K] rows -> [P, K, heads, D]."""
+        query, key, value = new.turned()
         self.own_key = torch.cat([self.own_key, key[:, :, None]], dim=2)
         self.own_value = torch.cat([self.own_value, value[:, :, None]], dim=2)
         p, k, heads, d = query.shape

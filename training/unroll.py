@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specdec.errors import UnsupportedError
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from training.diagonal import causal_with_diagonals
 
 
@@ -171,8 +172,9 @@ class _Attend:
     def __init__(self, shape: tuple[int, int], at: Tensor, seen: _Seen | None) -> None:
         self.shape, self.rows, self.seen = shape, at, seen
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [1, R, H, D], key and value [1, R, G, D] -> [1, R, H, D]."""
+    def __call__(self, new: Heads, scale: float) -> Tensor:
+        """Heads of [1, R] rows -> [1, R, H, D]."""
+        query, key, value = new.turned()
         if self.seen is None:
             none = key[0, :, None][:, :0]
             self.seen = _Seen(self._grid(key[0]), self._grid(value[0]), none, value[0, :, None][:, :0])

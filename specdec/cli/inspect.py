@@ -65,7 +65,6 @@ def _target(decoder: Any) -> dict[str, Any]:
         "C kernels": why_not() or "yes",
         "captured in CUDA graphs": "yes" if hasattr(engine.target, "recording") else "no",
         "rounds": _rounds(engine),
-        "lean layers": getattr(decoder.loaded.target, "layers", "none"),
         "layers": info.layers,
         "hidden": info.hidden,
         "vocab": info.vocab,

@@ -25,6 +25,7 @@ from specdec.cache import KVCache
 from specdec.drafting.growth import Growth
 from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from specdec.layers.linear import spare_rows
 from specdec.sampling import draw, spread
 from specdec.tree import MAX_NODES, DraftTree
@@ -157,8 +158,8 @@ class EagleDrafter:
         """The head over tokens int64 [B, n] and their fused or fed-back g [B, n, H]; y [B, n, H]."""
         plan = self.attention.plan(rows, self.cache, self.head.config.window)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            self.cache.write(0, rows.index, key, value)
+        def attend(heads: Heads, scale: float) -> Tensor:
+            query = heads.store(self.cache, 0, rows.index)
             return self.attention.attend(query, self.cache, 0, plan, scale)
 
         embedded = self.embed(tokens).to(g.dtype)

@@ -21,7 +21,6 @@ from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.ahead import run_ahead
 from specdec.engine.budget import Budget
-from specdec.engine.compiled import compile_layers
 from specdec.engine.costs import remembered
 from specdec.engine.engine import Engine, Limits
 from specdec.engine.graphs import CudaRecording, Recording, graphed
@@ -62,7 +61,6 @@ class Options:
         memory: bytes that the engine may count on; None asks the device what is free once weights are loaded.
         device_map: accelerate's placement of a target over several devices ("auto" or module -> device), instead of
             `device`; the adapter then does the work, and the head lives with the last layer.
-        compile: on a GPU, try the lean layer through torch.compile and keep it where it is faster; takes seconds.
     """
 
     dtype: torch.dtype | None = None
@@ -75,7 +73,6 @@ class Options:
     most_slots: int = 4
     memory: int | None = None
     device_map: DeviceMap | None = None
-    compile: bool = False
 
 
 def make_engine(
@@ -92,8 +89,6 @@ def make_engine(
     wish = Wish(options.slots, options.max_length, options.most_slots)
     limits = plan(Needs.of(target.info, None if weights is None else weights.config), wish, free)
     if target.info.device.type == "cuda" and isinstance(target, LeanTarget):
-        if options.compile:
-            target.layers = compile_layers(target, CudaRecording())
         target, refused = graphed(target)
         if refused is not None:
             warnings.warn(f"forwards are not captured in CUDA graphs: {refused}", stacklevel=2)

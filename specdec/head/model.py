@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from specdec.cache import CacheShape
 from specdec.head.config import HeadConfig
-from specdec.layers.gate import gated
+from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
-from specdec.layers.norm import RMSNorm
-from specdec.layers.rope import Rope, frequencies, rotate
+from specdec.layers.norm import RMSNorm, normed
+from specdec.layers.rope import Rope, frequencies
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(query [B, N, heads, D], key [B, N, kv_heads, D], value likewise, scale) -> [B, N, heads, D]."""
+Attend = Callable[[Heads, float], Tensor]
+"""(the rows' queries, keys and values, not yet turned; scale) -> [B, N, heads, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,9 @@ class DraftHead(nn.Module):
         """Target taps [B, N, A * Ht] -> g [B, N, H]."""
         if self.fc_norm is not None:
             parts = features.chunk(len(self.fc_norm), dim=-1)
-            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        if self.tap_norm is not None:
-            features = self.tap_norm(features)
-        fused: Tensor = self.fc(features)
+            norms = [norm for norm in self.fc_norm if isinstance(norm, RMSNorm)]
+            features = normed(norms, parts)
+        fused: Tensor = self.fc(features, norm=self.tap_norm)
         return fused
 
     def forward(self, embedded: Tensor, g: Tensor, angles: Angles, attend: Attend) -> Tensor:
@@ -110,21 +109,19 @@ class DraftHead(nn.Module):
             embedded: [B, N, H] embedding of token t + 1.
             g: [B, N, H] fused feature of position t, or the fed-back output of the step before.
             angles: rotary tables of the rows.
-            attend: stores the keys and values it is given and attends.
+            attend: turns and keeps the heads it is given, and attends.
 
         Returns:
             y [B, N, H], before the output norm; see `feedback` and `logits`.
         """
         c = self.config
         b, n, _ = g.shape
-        normed = self.hidden_norm(g)
-        x = torch.cat([self.input_norm(embedded), normed], dim=-1)
-        heads = self.qkv(x).view(b, n, c.heads + 2 * c.kv_heads, c.head_dim)
-        turned = c.heads + c.kv_heads
-        qk = rotate(heads[:, :, :turned], angles.cos, angles.sin)
-        seen = attend(qk[:, :, : c.heads], qk[:, :, c.heads :], heads[:, :, turned:], self.scale)
-        a = (normed if c.norm_before_residual else g) + self.out(seen.reshape(b, n, -1))
-        y: Tensor = a + self.down(gated(self.gate_up(self.mlp_norm(a))))
+        x = normed((self.input_norm, self.hidden_norm), (embedded, g))
+        residual = x[..., c.hidden :] if c.norm_before_residual else g
+        packed = self.qkv(x).view(b, n, c.heads + 2 * c.kv_heads, c.head_dim)
+        seen = attend(Heads(packed, c.kv_heads, angles.cos, angles.sin), self.scale)
+        a = self.out(seen.reshape(b, n, -1), plus=residual)
+        y: Tensor = self.down(self.gate_up(a, norm=self.mlp_norm), gate=True, plus=a)
         return y
 
     def feedback(self, y: Tensor) -> Tensor:
@@ -133,5 +130,5 @@ class DraftHead(nn.Module):
 
     def logits(self, y: Tensor) -> Tensor:
         """[..., H] -> [..., Vd] over the draft vocabulary."""
-        out: Tensor = self.lm_head(self.norm(y))
+        out: Tensor = self.lm_head(y, norm=self.norm)
         return out

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specdec.fused import layer as fused
+from specdec.fused.available import applies
+from specdec.layers.gate import gated
+from specdec.layers.norm import RMSNorm
 from specdec.native import linear as native
 
 PACK_ROWS = 16  # the row count oneDNN's layout is tuned for: a small tree; single rows lose nothing by it
@@ -101,7 +105,32 @@ class Projection(nn.Module):
             native.unpack(self.packed, self.outputs) if self.packing == "native" else self.packed.to_dense()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, *, norm: RMSNorm | None = None, gate: bool = False, plus: Tensor | None = None,
+        reuse: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """plus + W before(x) + b, with as few launches as the device allows.
+
+        Args:
+            x: [..., inputs], or [..., 2 * inputs] where `gate`.
+            norm: applied to x first; gate: the gated activation is.
+            plus: [..., outputs], a residual; its memory may be overwritten where `reuse`.
+
+        Returns: [..., outputs].
+        """
+        if self.packed is None and fused.can_multiply(x, self.weight):
+            factor, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            return fused.product(x, self.weight, self.bias, plus=plus, factor=factor, eps=eps, gated=gate)
+        x = x if norm is None else norm(x)
+        x = gated(x) if gate else x
+        if plus is None:
+            return self._product(x)
+        if reuse and self.bias is None and plus.is_contiguous() and applies(x):
+            plus.view(-1, self.outputs).addmm_(x.reshape(-1, self.inputs), self.weight.t())
+            return plus
+        return plus + self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         """x: [..., inputs] -> [..., outputs]."""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from specdec.fused import layer as fused
 from specdec.native import elementwise
 
 
@@ -18,8 +21,24 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., width], same shape and dtype out."""
-        if x.dtype == self.weight.dtype and elementwise.applies(x, self.width):
-            return elementwise.norm(x, self.weight, self.eps)
+        if x.dtype == self.weight.dtype:
+            if elementwise.applies(x, self.width):
+                return elementwise.norm(x, self.weight, self.eps)
+            if fused.can_norm(x, self.width):
+                return fused.norm(x, self.weight, self.eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
+
+
+def normed(norms: Sequence[RMSNorm], parts: Sequence[Tensor]) -> Tensor:
+    """Each part [..., its width] through its norm, side by side [..., sum of widths]."""
+    if not all(
+        n.weight.dtype == x.dtype and fused.can_norm(x, n.width) for n, x in zip(norms, parts, strict=True)
+    ):
+        return torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+    widths = [norm.width for norm in norms]
+    out = parts[0].new_empty(*parts[0].shape[:-1], sum(widths))
+    for norm, part, place in zip(norms, parts, torch.split(out, widths, dim=-1), strict=True):
+        fused.norm(part, norm.weight, norm.eps, place)
+    return out

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from specdec.surplus.capture import Document
 from specdec.surplus.contract import Contexts, TargetHead
 from specdec.surplus.estimate import TOPS, Scores, join, score
@@ -245,8 +246,9 @@ class _Reading:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [1, n, heads, D], key and value [1, n, kv_heads, D] of this depth -> [1, n, heads, D]."""
+    def __call__(self, new: Heads, scale: float) -> Tensor:
+        """Heads of the [1, n] rows of this depth -> [1, n, heads, D]."""
+        query, key, value = new.turned()
         n, groups = query.shape[1], query.shape[2] // key.shape[2]
         self.keys.append(key[0].repeat_interleave(groups, dim=1).float())
         self.values.append(value[0].repeat_interleave(groups, dim=1).float())

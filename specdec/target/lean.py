@@ -19,11 +19,10 @@ from torch.nn import functional as F
 from specdec.attention.protocol import Rows, TreeAttention
 from specdec.cache import CacheShape, KVCache
 from specdec.errors import UnsupportedError
-from specdec.layers.gate import gated
+from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
-from specdec.layers.rope import SCALINGS, Rope, frequencies, rotate
-from specdec.native.placing import can_place, place
+from specdec.layers.rope import SCALINGS, Rope, frequencies
 from specdec.target.protocol import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -129,40 +128,22 @@ class Block(nn.Module):
         self.scale = 1.0 / math.sqrt(c.head_dim)
 
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
-        """x: [B, N, H] -> [B, N, H]."""
-        queries = self._placed(x, step, layer)
+        """x: [B, N, H] -> [B, N, H]; the memory of x may be overwritten."""
+        heads = Heads(self._heads(x), self.kv_heads, step.cos, step.sin)
+        queries = heads.store(step.cache, layer, step.rows.index)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
-        return self.leave(x, seen)
-
-    def _placed(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        """Turned queries [B, N, heads, D]; keys and values are stored."""
-        plane, index = step.cache.kv[layer], step.rows.index
-        if self.q_norm is None and can_place(x, plane):
-            heads = self._heads(x)
-            place(heads, step.cos, step.sin, plane, index.slots, index.indices)
-            return heads[:, :, : self.heads]
-        qk, values = self.enter(x, step.cos, step.sin)
-        step.cache.write(layer, index, qk[:, :, self.heads :], values)
-        return qk[:, :, : self.heads]
+        x = self.out(seen.flatten(2), plus=x, reuse=True)
+        y: Tensor = self.down(self.gate_up(x, norm=self.mlp_norm), gate=True, plus=x, reuse=True)
+        return y
 
     def _heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values before they are turned: [B, N, heads + 2 * kv_heads, D]."""
-        heads: Tensor = self.qkv(self.input_norm(x))
-        return heads.view(*x.shape[:2], self.heads + 2 * self.kv_heads, self.head_dim)
-
-    def enter(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Everything before attention: turned queries and keys [B, N, heads + kv_heads, D], values."""
-        heads, turned = self._heads(x), self.heads + self.kv_heads
-        qk = heads[:, :, :turned]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], dim=2)
-        return rotate(qk, cos, sin), heads[:, :, turned:]
-
-    def leave(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Everything after attention: seen [B, N, heads, D] -> [B, N, H]."""
-        x = x + self.out(seen.flatten(2))
-        y: Tensor = x + self.down(gated(self.gate_up(self.mlp_norm(x))))
-        return y
+        heads: Tensor = self.qkv(x, norm=self.input_norm)
+        heads = heads.view(*x.shape[:2], self.heads + 2 * self.kv_heads, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            return heads
+        q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +196,18 @@ class LeanDecoder(nn.Module):
         cos, sin = self.rope().at(rows.positions)
         step = Step(rows, cache, self.attention, cos, sin)
         plans = {w: self.attention.plan(rows, cache, w) for w in set(self.config.windows)}
-        tapped = {}
+        hidden = self.config.hidden
+        features = x.new_empty(*x.shape[:2], len(taps) * hidden)
         for layer, block in enumerate(self.blocks):
             if layer in taps:
-                tapped[layer] = x
+                features[..., _columns(taps, layer, hidden)] = x
             x = block(x, step, layer, plans[self.config.windows[layer]])
-        tapped[len(self.blocks)] = x
-        features = torch.cat([tapped[k] for k in taps], dim=-1) if taps else x[..., :0]
+        if len(self.blocks) in taps:
+            features[..., _columns(taps, len(self.blocks), hidden)] = x
         return States(self.norm(x), features)
+
+
+def _columns(taps: tuple[int, ...], layer: int, hidden: int) -> slice:
+    """Where the states before a layer stand among the features."""
+    start = taps.index(layer) * hidden
+    return slice(start, start + hidden)

@@ -53,7 +53,6 @@ class LeanTarget:
     def __init__(self, decoder: LeanDecoder, info: TargetInfo, choice: Choice | None = None) -> None:
         self.decoder, self.info = decoder, info
         self.choice = choice or Choice(decoder.attention)
-        self.layers = "plain"  # or what a trial of compiled ones found
 
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """See `Target.forward`."""

@@ -24,6 +24,7 @@ from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.engine import Limits
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from specdec.sampling import Sampling
 from specdec.target.protocol import Target
 from specdec.tree import DraftTree
@@ -251,8 +252,8 @@ def _path_scores(target: Target, head: DraftHead, text: Sequence[int], path: Seq
     return scores
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+def _causal(heads: Heads, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in heads.turned())
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=True
     )

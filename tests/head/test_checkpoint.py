@@ -17,6 +17,7 @@ from specdec.head.checkpoint import load_head, open_head
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw, save_speculators
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 
 NAMES = TargetNames("tiny/target", ("LlamaForCausalLM",), bos=1, eos=2)
 CONFIG = HeadConfig(
@@ -61,8 +62,8 @@ def logits(head: DraftHead) -> Tensor:
     features = torch.randn(1, 5, len(c.taps) * c.target_hidden, generator=generator, dtype=head.dtype)
     embedded = torch.randn(1, 5, c.hidden, generator=generator, dtype=head.dtype)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    def attend(heads: Heads, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in heads.turned())
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=True
         )

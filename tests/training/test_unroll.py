@@ -12,6 +12,7 @@ from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from training.diagonal import causal_with_diagonals, flex, plain
 from training.unroll import Unroll, graded_rows, shifted
 
@@ -47,9 +48,8 @@ def drafted(head: DraftHead, embed: Embed, features: Tensor, tokens: Tensor, at:
     def run(token: Tensor, g: Tensor, rows: Rows) -> Tensor:
         plan = attention.plan(rows, cache, None)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            cache.write(0, rows.index, key, value)
-            return attention.attend(query, cache, 0, plan, scale)
+        def attend(heads: Heads, scale: float) -> Tensor:
+            return attention.attend(heads.store(cache, 0, rows.index), cache, 0, plan, scale)
 
         y: Tensor = head(embed(token), g, head.angles(rows.positions), attend)
         return y

@@ -1,0 +1,1 @@
+"""Triton kernels that do in one launch what torch does in many; imported lazily."""

@@ -1,0 +1,142 @@
+"""The Triton kernels of a decoder layer: norm, gated activation, rotary placing, products of a few rows.
+
+Imported only by functions that are about to launch or compile them, because it imports triton. Every one rounds where
+torch's operations would, so that which of them ran cannot be told but by the order of sums.
+"""
+# mypy: ignore-errors
+# (the bodies are Triton's own language, and triton carries no types)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_kernel(x, weight, y, width, y_row, eps, BLOCK: tl.constexpr):
+    """One row: x / sqrt(mean(x^2) + eps), rounded, times weight. x [R, width] dense; rows of y lie y_row apart."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * width + at, mask=inside, other=0.0)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    scaled = (wide * scale).to(value.dtype).to(tl.float32)
+    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * y_row + at, (scaled * factor).to(value.dtype), mask=inside)
+
+
+@triton.jit
+def gate_kernel(x, y, width, BLOCK: tl.constexpr):
+    """silu(first half) * second half of rows of 2 * width. Grid (rows, blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(x + row * 2 * width + at, mask=inside, other=0.0)
+    up = tl.load(x + row * 2 * width + width + at, mask=inside, other=0.0)
+    tl.store(y + row * width + at, _gated(gate, up), mask=inside)
+
+
+@triton.jit
+def _gated(gate, up):
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
+def place_kernel(
+    heads, cos, sin, keys, values, slots, indices, rows, kv_slot, kv_head, kv_row,
+    TURNED: tl.constexpr, QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one row: queries are turned where they are, keys turned and stored, values stored.
+
+    Grid (B * N, blocks of heads). heads [B, N, QUERIES + 2 * KV_HEADS, 2 * HALF] dense; cos, sin [B, N, 2 * HALF], the
+    first half of the sine negated; keys, values [slots, KV_HEADS, length, 2 * HALF] by strides.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    dim = tl.arange(0, BLOCK_HALF)
+    fits = (head < QUERIES + 2 * KV_HEADS)[:, None] & (dim < HALF)[None, :]
+    at = heads + (row * (QUERIES + 2 * KV_HEADS) + head)[:, None] * (2 * HALF) + dim[None, :]
+    low, high = tl.load(at, mask=fits, other=0.0), tl.load(at + HALF, mask=fits, other=0.0)
+    angle = row * 2 * HALF + dim
+    there = dim < HALF
+    turned_low = _turn(low, high, cos, sin, angle, there)
+    turned_high = _turn(high, low, cos, sin, angle + HALF, there)
+    turns = (head < TURNED)[:, None]
+    low, high = tl.where(turns, turned_low, low), tl.where(turns, turned_high, high)
+    query = fits & (head < QUERIES)[:, None]
+    tl.store(at, low, mask=query)
+    tl.store(at + HALF, high, mask=query)
+    slot, index = tl.load(slots + row // rows), tl.load(indices + row)
+    kv = head - tl.where(head < TURNED, QUERIES, TURNED)
+    to = (slot * kv_slot + index * kv_row + kv * kv_head)[:, None] + dim[None, :]
+    key, value = fits & (head >= QUERIES)[:, None] & turns, fits & (head >= TURNED)[:, None]
+    tl.store(keys + to, low, mask=key)
+    tl.store(keys + to + HALF, high, mask=key)
+    tl.store(values + to, low, mask=value)
+    tl.store(values + to + HALF, high, mask=value)
+
+
+@triton.jit
+def _turn(x, other, cos, sin, at, there):
+    by = tl.load(cos + at, mask=there, other=0.0).to(tl.float32)[None, :]
+    across = tl.load(sin + at, mask=there, other=0.0).to(tl.float32)[None, :]
+    product = (x.to(tl.float32) * by).to(x.dtype).to(tl.float32)
+    return (product + other.to(tl.float32) * across).to(x.dtype)
+
+
+@triton.jit
+def product_kernel(
+    x, weight, bias, plus, factor, y, count, inputs, outputs, eps,
+    ROWS: tl.constexpr, GATED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """y = before(x) W^T + bias + plus for a few rows: every program reads its rows of W once, and all of x.
+
+    Grid (blocks of outputs,). x [count <= ROWS, inputs] (twice as wide where GATED), weight [outputs, inputs], plus and
+    y [count, outputs], all dense. `before` is the gated activation, or the norm of weight `factor`, or nothing; `bias`,
+    `plus` and `factor` may be None, which drops their code.
+    """
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.arange(0, ROWS)
+    wide_row = row.to(tl.int64) * inputs
+    there, alive = (out < outputs)[:, None], (row < count)[:, None]
+    matrix = weight + out.to(tl.int64)[:, None] * inputs
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if factor is not None:
+        squares = tl.zeros([ROWS, BLOCK_IN], tl.float32)
+        for start in range(0, inputs, BLOCK_IN):
+            at = start + tl.arange(0, BLOCK_IN)
+            part = tl.load(
+                x + wide_row[:, None] + at[None, :], mask=alive & (at < inputs)[None, :], other=0.0
+            )
+            squares += part.to(tl.float32) * part.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)
+    acc = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
+    for start in range(0, inputs, BLOCK_IN):
+        at = start + tl.arange(0, BLOCK_IN)
+        inside = at < inputs
+        block = tl.load(matrix + at[None, :], mask=there & inside[None, :], other=0.0)
+        if GATED:
+            spot = 2 * wide_row[:, None] + at[None, :]
+            gate = tl.load(x + spot, mask=alive & inside[None, :], other=0.0)
+            value = _gated(gate, tl.load(x + spot + inputs, mask=alive & inside[None, :], other=0.0))
+        else:
+            value = tl.load(x + wide_row[:, None] + at[None, :], mask=alive & inside[None, :], other=0.0)
+        if factor is not None:
+            by = tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
+            scaled = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32)
+            value = (scaled * by[None, :]).to(value.dtype)
+        acc += tl.sum(value.to(tl.float32)[:, None, :] * block.to(tl.float32)[None, :, :], 2)
+    to = row.to(tl.int64)[:, None] * outputs + out[None, :]
+    fits = alive & (out < outputs)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
+    value = acc.to(y.dtype.element_ty)
+    if plus is not None:
+        value = (value.to(tl.float32) + tl.load(plus + to, mask=fits, other=0.0).to(tl.float32)).to(
+            y.dtype.element_ty
+        )
+    tl.store(y + to, value, mask=fits)
