@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.fused import available
 from specdec.sampling import draw
 from specdec.tree import DraftTree
 
@@ -51,6 +52,12 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     No host synchronisation: a node stands if no ancestor-or-self disagrees with its parent's choice.
     """
     n = tree.nodes
+    if width is None:
+        width = int(tree.depths.max()) + 1 if chosen.device.type == "cpu" else n
+    if available.applies(chosen):
+        from specdec.fused.walk import walk as fused_walk
+
+        return fused_walk(tree, chosen, width)
     index = torch.arange(n, device=chosen.device)
     agrees = chosen.gather(1, tree.parents) == tree.tokens
     agrees &= index < tree.sizes[:, None]
@@ -60,8 +67,6 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     last = torch.where(stands, tree.depths, -1).argmax(dim=1, keepdim=True)
     counts = tree.depths.gather(1, last)[:, 0] + 1
     path = (tree.ancestors.gather(1, last) >> index) & 1 == 1
-    if width is None:
-        width = int(tree.depths.max()) + 1 if chosen.device.type == "cpu" else n
     order = torch.where(path, index, n).sort(dim=1).values[:, :width]
     kept = torch.where(order < n, order, last)
     inside = torch.arange(width, device=chosen.device) < counts[:, None]

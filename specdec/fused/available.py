@@ -16,12 +16,33 @@ SWITCH = "SPECDEC_FUSED"  # "0" leaves the kernels out
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@functools.cache
-def installed() -> bool:
-    """Is triton there, and nobody against it?"""
-    return os.environ.get(SWITCH, "1") != "0" and importlib.util.find_spec("triton") is not None
-
-
 def applies(x: Tensor) -> bool:
-    """May kernels take this tensor?"""
-    return x.is_cuda and x.dtype in DTYPES and not torch.is_grad_enabled() and installed()
+    """May kernels take this tensor of floats? Not where gradients are wanted."""
+    return x.is_cuda and x.dtype in DTYPES and not torch.is_grad_enabled() and runs(x.device)
+
+
+def runs(device: torch.device) -> bool:
+    """Do the kernels serve tensors on this device? On CPUs torch does."""
+    return device.type == "cuda" and _works(device)
+
+
+def power(least: int, size: int) -> int:
+    """`size` rounded up to a power of two that is at least `least`: what a kernel's blocks are cut in."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Triton needs a driver and a C compiler that take its kernels; a walk down two nodes tells."""
+    from specdec.tree import DraftTree
+
+    if os.environ.get(SWITCH, "1") == "0" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from specdec.fused.walk import walk
+
+        pair = torch.arange(2, device=device)[None]
+        tree = DraftTree(pair, pair * 0, pair, 2 * pair + 1, pair[0, 1:] + 1)
+        return walk(tree, pair + 1, 2).tokens.tolist() == [[1, 2]]
+    except Exception:  # whatever a missing or broken package does, torch still runs
+        return False
