@@ -22,7 +22,7 @@ from specdec import tree as trees
 from specdec.accept import Verdict
 from specdec.attention.protocol import Rows, TreeAttention, chunk_rows, level_rows
 from specdec.cache import KVCache
-from specdec.drafting.growth import Growth
+from specdec.drafting.growth import Growth, growth_of
 from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
 from specdec.layers.heads import Heads
@@ -112,8 +112,8 @@ class EagleDrafter:
 
         With neither floors nor prices in `shape`, nothing is read on the host.
         """
-        growth = Growth(self.head.ids, shape)
-        frontier_y = growth.level(self._log_probs(y[:, None]), y[:, None])
+        growth = growth_of(self.head.ids, shape)
+        frontier_y = growth.level(self.head.logits(y[:, None]), y[:, None])
         while growth.worth_another():
             frontier_y = growth.level(*self._step(context, growth, frontier_y))
         return replace(growth.finish(context.roots), levels=growth.depth)
@@ -140,9 +140,6 @@ class EagleDrafter:
         chain = trees.chain(torch.stack(tokens, dim=1))
         return replace(chain, probs=torch.stack(probs, dim=1), levels=shape.depth)
 
-    def _log_probs(self, y: Tensor) -> Tensor:
-        return self.head.logits(y).float().log_softmax(dim=-1)
-
     def _step(self, context: Context, growth: Growth, parent_y: Tensor) -> tuple[Tensor, Tensor]:
         """Run the head over the frontier: tokens just drafted, features fed back from their parents."""
         position = context.lengths + growth.depth - 1
@@ -152,7 +149,7 @@ class EagleDrafter:
             spans=not context.fixed,
         )  # fmt: skip
         y = self.forward(growth.tokens, self.head.feedback(parent_y), rows)
-        return self._log_probs(y), y
+        return self.head.logits(y), y
 
     def forward(self, tokens: Tensor, g: Tensor, rows: Rows) -> Tensor:
         """The head over tokens int64 [B, n] and their fused or fed-back g [B, n, H]; y [B, n, H]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdec import tree as trees
 from specdec.drafting.protocol import Shape
+from specdec.fused import available
 from specdec.tree import MAX_NODES, DraftTree
 
 
@@ -37,8 +38,10 @@ class Growth:
         self.all_parents: list[Tensor] = []
         self.count = 0
 
-    def level(self, log_probs: Tensor, y: Tensor) -> Tensor:
-        """Take the frontier's draft distributions [B, K', Vd]; returns the new frontier's parent outputs [B, K, H]."""
+    def level(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Take the frontier's draft logits [B, K', Vd] and the outputs y [B, K', H] they were read off; returns the new
+        frontier's parent outputs [B, K, H]."""
+        log_probs = logits.float().log_softmax(dim=-1)
         b, rows, _ = log_probs.shape
         first = self.depth == 0
         scores = log_probs.new_zeros(b, 1) if first else self.scores
@@ -75,12 +78,31 @@ class Growth:
 
     def finish(self, roots: Tensor) -> DraftTree:
         """The tree of the likeliest nodes that are worth their price."""
-        scores = torch.cat(self.all_scores, dim=1)
         nodes = self.shape.nodes
         if self.shape.prices:
+            scores = self.path_scores()
             nodes = self.shape.worth(scores.topk(min(nodes - 1, scores.shape[1]), dim=1).values.exp())
-        if nodes == 1:
-            return trees.root_only(roots)
-        return trees.rerank(
-            roots, torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1), scores, nodes
-        )
+        return trees.root_only(roots) if nodes == 1 else self.tree(roots, nodes)
+
+    def path_scores(self) -> Tensor:
+        """float32 [B, C] of all candidates, level by level."""
+        return torch.cat(self.all_scores, dim=1)
+
+    def tree(self, roots: Tensor, nodes: int) -> DraftTree:
+        """The tree of the `nodes - 1` likeliest candidates."""
+        tokens, parents = torch.cat(self.all_tokens, dim=1), torch.cat(self.all_parents, dim=1)
+        return trees.rerank(roots, tokens, parents, self.path_scores(), nodes)
+
+
+def growth_of(ids: Tensor, shape: Shape) -> Growth:
+    """The growth of a proposal of this shape: by fused kernels where they apply.
+
+    Args:
+        ids: int64 [Vd], target id of each draft-vocabulary entry.
+    """
+    if available.applies(ids):
+        from specdec.fused.growth import FusedGrowth, fits
+
+        if fits(min(shape.width, len(ids)), shape):
+            return FusedGrowth(ids, shape)
+    return Growth(ids, shape)
