@@ -54,7 +54,7 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     n = tree.nodes
     if width is None:
         width = int(tree.depths.max()) + 1 if chosen.device.type == "cpu" else n
-    if available.applies(chosen):
+    if available.runs(chosen.device):
         from specdec.fused.walk import walk as fused_walk
 
         return fused_walk(tree, chosen, width)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import UnsupportedError
+from specdec.fused import available
 
 FEW = 2  # requests up to which rows are copied one request at a time
 
@@ -104,6 +105,10 @@ class KVCache:
 
     def compact(self, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
         """`keep` as one gather and one scatter that never wait for the host, on any device."""
+        if available.runs(kept.device):
+            from specdec.fused.settle import compact
+
+            return compact(self.kv, slots, lengths, kept)
         place = torch.arange(kept.shape[1], device=kept.device)
         slot = slots[:, None].expand_as(kept)
         rows = self.kv.permute(2, 4, 0, 1, 3, 5)[slot, lengths[:, None] + kept]

@@ -100,7 +100,7 @@ def growth_of(ids: Tensor, shape: Shape) -> Growth:
     Args:
         ids: int64 [Vd], target id of each draft-vocabulary entry.
     """
-    if available.applies(ids):
+    if available.runs(ids.device):
         from specdec.fused.growth import FusedGrowth, fits
 
         if fits(min(shape.width, len(ids)), shape):

@@ -16,6 +16,7 @@ from specdec.accept import Verdict
 from specdec.attention.protocol import chunk_rows
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.protocol import Context
+from specdec.fused import available
 
 ROOM = 64  # pairs that may wait; more go to the drafter's lanes, where there is room for any number
 
@@ -57,13 +58,17 @@ class Pairs:
         return last
 
     def observe(self, slots: Tensor, features: Tensor, verdict: Verdict) -> None:
-        """Append the accepted nodes' features [B, N, F] with the tokens that followed them."""
+        """Append the accepted nodes' features [B, N, F] with the tokens that followed them; `counts` is left to who
+        settles the round."""
+        if available.runs(features.device):
+            from specdec.fused.settle import keep
+
+            return keep(features, verdict, slots, self.counts, self.features, self.tokens)
         waiting = self.counts[slots]
         place = waiting[:, None] + torch.arange(verdict.kept.shape[1], device=slots.device)
         kept = verdict.kept[..., None].expand(-1, -1, features.shape[2])
         self.features[slots[:, None], place] = features.gather(1, kept)
         self.tokens[slots[:, None], place] = verdict.tokens.clamp(min=0)
-        self.counts[slots] = waiting + verdict.counts
 
     def state(self) -> list[Tensor]:
         """What a round changes, by slot; the cache's rows beyond the committed ones aside."""

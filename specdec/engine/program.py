@@ -18,10 +18,12 @@ from specdec.attention.protocol import tree_rows
 from specdec.cache import KVCache
 from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import Context, Shape
+from specdec.fused import available
 from specdec.sampling import BatchSampling, Sampling, choose, process
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES, DraftTree, root_only
 
+ALONE = 2  # requests up to which a program has no seats to spare: nobody is there twice
 COUNTS, OFFERED, SIZES, SICK, TOKENS = range(5)  # columns of a report; the emitted tokens are the last
 
 
@@ -96,9 +98,11 @@ class Program:
             shape: without floors and prices.
             greedy: nobody samples; else rows of heat 0 still take the argmax.
         """
-        s = self.standing
+        s, shared = self.standing, len(seats.slots) > ALONE
         c = Context(seats.slots, s.roots[seats.slots], s.lengths[seats.slots], fixed=True)
-        tree = _follow(self._draft(c, shape), seats.pick, s.most[c.slots])
+        tree = self._draft(c, shape)
+        tree = _picked(tree, seats.pick) if shared else tree
+        tree = replace(tree, sizes=torch.minimum(tree.sizes, s.most[c.slots]))
         rows = tree_rows(c.slots, c.lengths, tree, spans=False)
         states = self.target.forward(
             tree.tokens, rows, self.cache, self.pairs.drafter.taps if self.pairs else ()
@@ -106,20 +110,42 @@ class Program:
         logits = self.target.logits(states.final)
         sampling = _sampling(s.heat[c.slots], greedy)
         width = min(shape.depth + 1, tree.nodes)
-        chosen = choose(process(logits, tree, sampling), tree, sampling, self._uniforms(c, width))
-        found = walk(tree, chosen, width)
-        verdict = Verdict(*(x[seats.pick] for x in (found.kept, found.counts, found.tokens, found.offered)))
-        self.cache.compact(c.slots, c.lengths, verdict.kept)
+        peaks, likeliest = logits.max(dim=-1)
+        chosen = likeliest
+        if not greedy:
+            chosen = choose(process(logits, tree, sampling), tree, sampling, self._uniforms(c, width))
+        verdict, features = walk(tree, chosen, width), states.features
+        if shared:
+            found = (verdict.kept, verdict.counts, verdict.tokens, verdict.offered)
+            verdict, features = Verdict(*(x[seats.pick] for x in found)), features[seats.pick]
+        if width > 1:
+            self.cache.compact(c.slots, c.lengths, verdict.kept)
         if self.pairs is not None:
-            self.pairs.observe(c.slots, states.features[seats.pick], verdict)
-        s.roots[c.slots] = verdict.tokens.gather(1, verdict.counts[:, None] - 1)[:, 0]
-        s.lengths[c.slots] = c.lengths + verdict.counts
-        _report(seats, tree, verdict, logits)
+            self.pairs.observe(c.slots, features, verdict)
+        self._settle(seats, tree, verdict, peaks)
 
     def _draft(self, context: Context, shape: Shape) -> DraftTree:
         if self.pairs is None or shape.nodes == 1:
             return root_only(context.roots)
         return self.pairs.drafter.grow(context, shape, self.pairs.read(context))
+
+    def _settle(self, seats: Seats, tree: DraftTree, verdict: Verdict, peaks: Tensor) -> None:
+        """Let standings go on, and write what the host will want to know.
+
+        Args:
+            peaks: [B, N], the largest logit after each node; NaN where logits are no numbers.
+        """
+        s, waiting = self.standing, None if self.pairs is None else self.pairs.counts
+        if available.runs(peaks.device):
+            from specdec.fused.settle import settle
+
+            standing = (s.roots, s.lengths, waiting)
+            return settle(tree, verdict, peaks, seats.slots, standing, seats.report, seats.promised, TOKENS)
+        for held in (s.lengths, waiting):
+            if held is not None:
+                held[seats.slots] = held[seats.slots] + verdict.counts
+        s.roots[seats.slots] = verdict.tokens.gather(1, verdict.counts[:, None] - 1)[:, 0]
+        _report(seats, tree, verdict, peaks)
 
     def _uniforms(self, context: Context, width: int) -> Tensor:
         """u_t from the next output position on [B, D + 1]."""
@@ -138,11 +164,11 @@ def takes(sampling: Sampling) -> bool:
     return not (sampling.penalised or sampling.logit_bias or truncated) and sampling.logprobs is None
 
 
-def _follow(tree: DraftTree, pick: Tensor, most: Tensor) -> DraftTree:
-    """The trees of the picked requests, cut back where requests run plainly."""
+def _picked(tree: DraftTree, pick: Tensor) -> DraftTree:
+    """The trees of the picked requests."""
     return replace(
         tree, tokens=tree.tokens[pick], parents=tree.parents[pick], depths=tree.depths[pick],
-        ancestors=tree.ancestors[pick], sizes=torch.minimum(tree.sizes, most),
+        ancestors=tree.ancestors[pick], sizes=tree.sizes[pick],
         scores=None if tree.scores is None else tree.scores[pick],
     )  # fmt: skip
 
@@ -151,15 +177,14 @@ def _sampling(heat: Tensor, greedy: bool) -> BatchSampling:
     return BatchSampling(heat, heat, heat, heat, bias=None, penalties=None, greedy=greedy, plain=True)
 
 
-def _report(seats: Seats, tree: DraftTree, verdict: Verdict, logits: Tensor) -> None:
+def _report(seats: Seats, tree: DraftTree, verdict: Verdict, peaks: Tensor) -> None:
     """Write what the host will want to know."""
-    rows = torch.arange(len(seats.slots), device=logits.device)[:, None]
-    sick = logits[rows, verdict.kept].amax(dim=-1).isnan().any(dim=1)
+    sick = peaks.gather(1, verdict.kept).isnan().any(dim=1)
     columns = torch.stack([verdict.counts, verdict.offered, tree.sizes, sick.to(torch.int64)], dim=1)
     seats.report[:, :TOKENS] = columns
     seats.report[:, TOKENS : TOKENS + verdict.tokens.shape[1]] = verdict.tokens
     if tree.scores is None:
         seats.promised.zero_()
     else:
-        used = torch.arange(tree.nodes, device=logits.device) < tree.sizes[:, None]
+        used = torch.arange(tree.nodes, device=peaks.device) < tree.sizes[:, None]
         seats.promised.copy_((tree.scores.exp() * used)[:, 1:].sum(dim=1))

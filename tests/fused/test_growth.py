@@ -146,7 +146,7 @@ def walk_differences(nodes: int, width: int, batch: int, early: bool, device: st
 
 def plain_walk(tree: DraftTree, chosen: Tensor, width: int) -> Verdict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(available, "applies", lambda _: False)
+        patch.setattr(available, "runs", lambda _: False)
         return accept.walk(tree, chosen, width)
 
 
@@ -162,7 +162,7 @@ def proposals(device: str) -> list[str]:
         drafter = EagleDrafter(head, embed, ReferenceAttention(), 1, 64)
         drafter.admit(0, prompt, features, 9)
         with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-            patch.setattr(available, "applies", lambda _, fused=fused: fused)
+            patch.setattr(available, "runs", lambda _, fused=fused: fused)
             assert isinstance(growth_of(head.ids, Shape(3, 4, 12)), FusedGrowth) == fused
             found.append(drafter.propose(Context(where, where + 9, where + 6), Shape(3, 4, 12)))
     return unlike(*found) + unequal(*found, ("levels",))
@@ -225,7 +225,7 @@ def test_interpreted_kernels_do_what_torch_does(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", checks("cuda"))
 def test_compiled_kernels_do_what_torch_does(name: str) -> None:
-    assert available.applies(torch.zeros(1, device="cuda"))
+    assert available.runs(torch.device("cuda"))
     assert run(name, "cuda") == []
 
 
@@ -336,7 +336,7 @@ def test_two_launches_a_level_and_one_for_the_tree_and_nothing_read(monkeypatch:
 def test_what_the_kernels_cannot_grow_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, wide = torch.arange(50), Shape(2, growth.WIDEST + 1, 60)
     assert type(growth_of(ids, replace(wide, width=4))) is Growth, "on a CPU torch grows"
-    monkeypatch.setattr(available, "applies", lambda _: True)
+    monkeypatch.setattr(available, "runs", lambda _: True)
     assert isinstance(growth_of(ids, replace(wide, width=growth.WIDEST)), FusedGrowth)
     assert type(growth_of(ids, wide)) is Growth
 

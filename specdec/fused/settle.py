@@ -1,0 +1,82 @@
+"""Launches of the kernels that end a round: compaction, pairs, standings and report.
+
+Each does in one launch, and without a host, what the torch code of its caller says.
+Dimension legend: B requests, S slots, N nodes, D + 1 columns of a verdict, F feature width, W pairs of a slot.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specdec.accept import Verdict
+from specdec.fused.available import power
+from specdec.tree import DraftTree
+
+FEATURES = 1024  # of one program
+
+
+def compact(kv: Tensor, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
+    """`KVCache.compact`. kv [layers, 2, S, heads, length, D]; slots, lengths int64 [B]; kept int64 [B, D + 1]."""
+    from specdec.fused.settle_kernels import compact_kernel
+
+    layers, two, _, heads, _, size = kv.shape
+    b, width = kept.shape
+    compact_kernel[(b, layers * two * heads)](
+        kv, slots.contiguous(), lengths.contiguous(), kept.contiguous(), kv.stride(2), kv.stride(1), kv.stride(3),
+        kv.stride(4), heads, WIDTH=width, HEAD=size, BLOCK_WIDTH=power(1, width), BLOCK_HEAD=power(16, size),
+        num_warps=2, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def keep(
+    features: Tensor, verdict: Verdict, slots: Tensor, waiting: Tensor, to_features: Tensor, to_tokens: Tensor
+) -> None:
+    """`Pairs.observe` but for its counts: accepted features and tokens behind those that wait.
+
+    Args:
+        features: [B, N, F]; verdict: of the same B.
+        slots: int64 [B]; waiting: int64 [S].
+        to_features: [S, W, F]; to_tokens: int64 [S, W].
+    """
+    from specdec.fused.settle_kernels import keep_kernel
+
+    b, nodes, wide = features.shape
+    width = verdict.kept.shape[1]
+    keep_kernel[(b, width, -(-wide // FEATURES))](
+        features.contiguous(), verdict.kept.contiguous(), verdict.tokens.contiguous(), slots.contiguous(), waiting,
+        to_features, to_tokens, nodes, wide, to_tokens.shape[1], WIDTH=width, BLOCK=FEATURES, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def settle(
+    tree: DraftTree, verdict: Verdict, peaks: Tensor, slots: Tensor, standing: tuple[Tensor, Tensor, Tensor | None],
+    report: Tensor, promised: Tensor, first: int,
+) -> None:  # fmt: skip
+    """Standings by slot after a round, and what the host will want to know of it.
+
+    Args:
+        tree, verdict: of B requests; peaks: [B, N], the largest logit after each node.
+        slots: int64 [B].
+        standing: roots, lengths and waiting pairs, int64 [S]; no pairs without a head.
+        report: int64 [B, first + columns]; promised: float32 [B].
+    """
+    from specdec.fused.settle_kernels import settle_kernel
+
+    b, nodes = tree.tokens.shape
+    width = verdict.kept.shape[1]
+    given = (
+        verdict.kept,
+        verdict.counts,
+        verdict.tokens,
+        verdict.offered,
+        tree.sizes,
+        tree.scores,
+        peaks,
+        slots,
+    )
+    settle_kernel[(b,)](
+        *(None if x is None else x.contiguous() for x in given), *standing, report, promised, nodes, report.stride(0),
+        WIDTH=width, FIRST=first, BLOCK_WIDTH=power(1, width), BLOCK_NODES=power(16, nodes), num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
