@@ -25,8 +25,7 @@ from specdec.fused import layer
 
 FOOTPRINT = 256 * 2**20  # bytes of matrices walked by one graph, several times any L2
 MOST = 128  # matrices
-BLOCKS = ((2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 256, 4), (4, 1024, 8), (2, 2048, 4), (1, 2048, 4),
-          (4, 2048, 8), (16, 256, 4), (8, 1024, 8))  # fmt: skip
+BLOCKS = ((2, 1024, 4), (2, 2048, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 256, 4))
 
 
 @dataclass(frozen=True, slots=True)
