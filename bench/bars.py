@@ -52,8 +52,15 @@ def _steps(rows: Rows, target: str, nodes: int) -> list[Row]:
             and r.get("nodes") == nodes and "captured_ms" in r]  # fmt: skip
 
 
+def _rounds(rows: Rows, target: str) -> list[Row]:
+    return [r for r in rows.get("steps", ()) if r.get("target") == target and r.get("batch") == 1
+            and "captured_round_ms" in r]  # fmt: skip
+
+
 def _plain_8b(rows: Rows) -> Bar:
-    shares = [r["floor_ms"] / r["captured_ms"] for r in _steps(rows, RANDOM, 1) if "floor_ms" in r]
+    shares = [
+        r["token_floor_ms"] / r["captured_token_ms"] for r in _rounds(rows, RANDOM) if "token_floor_ms" in r
+    ]
     return _bar("1 plain 8B shape >= 80% of the bandwidth floor", shares, lambda x: x >= 0.8, max)
 
 
@@ -70,13 +77,13 @@ def _verify(rows: Rows) -> Bar:
 
 
 def _round(rows: Rows) -> Bar:
-    rounds = [r for r in rows.get("gpu", ()) if r["kind"] == "round" and r["draft"] == "eagle"]
-    ratios = [r["ms_per_round"] / (r["verify_ms"] + r["draft_ms"]) for r in rounds]
+    rounds = _rounds(rows, RANDOM)
+    ratios = [r["captured_round_ms"] / (r["captured_verify_ms"] + r["captured_draft_ms"]) for r in rounds]
     bar = _bar("2 a round <= 1.15x verify + draft alone, 8B shape", ratios, lambda x: x <= 1.15, max)
-    if not rounds:
-        return bar
-    floors = rounds[-1]["ms_per_round"] / rounds[-1]["floor_ms"]
-    return Bar(bar.name, bar.verdict, f"{bar.found}; {floors:.2f}x the bandwidth floor")
+    floors = [r["captured_round_ms"] / r["floor_ms"] for r in rounds if "floor_ms" in r]
+    return (
+        Bar(bar.name, bar.verdict, f"{bar.found}; {floors[-1]:.2f}x the bandwidth floor") if floors else bar
+    )
 
 
 def _speed_rows(rows: Rows) -> list[Row]:

@@ -16,10 +16,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import bars
+from bench import bars, stages
 from bench.record import FOLDER_VARIABLE, append
 from specdec.errors import SpecdecError, UnsupportedError
 from specdec.target.embedded import NAME, SHA256
@@ -37,7 +39,7 @@ from specdec.target.store import sha256_of
 
 PLAN = (
     ("ceilings", 40), ("choice", 60), ("steps", 110), ("speed", 130), ("memcheck", 90), ("greedy", 90), ("round", 60),
-    ("kernels", 150), ("sweep", 90), ("replay", 90), ("profile", 60), ("tests", 60),
+    ("kernels", 150), ("sweep", 90), ("replay", 90), ("profile", 60), ("products", 60), ("tests", 60),
 )  # fmt: skip
 """Stages in the order of what matters most, with the seconds each may take."""
 
@@ -55,6 +57,7 @@ class Run:
         target, head, also: see `stages.Setting`.
         smoke: tiny, on the CPU.
         deadline: of the monotonic clock; no stage starts after it.
+        together: stages run in this process: no imports again and again, but a fault of one ends all.
     """
 
     out: Path
@@ -63,6 +66,7 @@ class Run:
     also: tuple[str, ...]
     smoke: bool
     deadline: float
+    together: bool = False
 
 
 def command(run: Run, stage: str) -> list[str] | None:
@@ -82,7 +86,11 @@ def command(run: Run, stage: str) -> list[str] | None:
             "gpu",
             "-p",
             "no:cacheprovider",
+            "-p",
+            "no:benchmark",
             "tests/attention",
+            "tests/engine/test_pipeline.py",
+            "tests/fused",
         ]
     if stage != "memcheck":
         return words
@@ -95,6 +103,8 @@ def perform(run: Run, stage: str, seconds: float) -> str:
     words = command(run, stage)
     if words is None:
         return "absent"
+    if run.together and stage in stages.STAGES:
+        return _here(run, stage, seconds)
     with (run.out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"\n==== {stage}\n")
         log.flush()
@@ -106,6 +116,27 @@ def perform(run: Run, stage: str, seconds: float) -> str:
         except OSError as error:
             return f"could not start: {error}"
     return "done" if done.returncode == 0 else f"exit code {done.returncode}"
+
+
+def _here(run: Run, stage: str, seconds: float) -> str:
+    """A stage in this process, ended by an alarm."""
+    setting = stages.Setting("cpu" if run.smoke else "cuda", run.target, run.head, run.also, run.smoke)
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"cut off after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(max(1, int(seconds)))
+    try:
+        os.environ[FOLDER_VARIABLE] = str(run.out)
+        stages.STAGES[stage](setting)
+    except Exception as error:  # the others still run
+        (run.out / "log.txt").open("a", encoding="utf-8").write(f"\n==== {stage}\n{traceback.format_exc()}")
+        return str(error) if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"[:200]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return "done"
 
 
 def environment(run: Run) -> dict[str, str]:
@@ -186,7 +217,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> Run:
     target = _model(args.gguf, folder) if args.gguf else args.target
     resolve(target)  # converts once, before anything is timed
     also = [_model(given.split(","), folder) for given in args.also]
-    return Run(args.out.resolve(), target, args.head, tuple(also), args.smoke, deadline)
+    return Run(args.out.resolve(), target, args.head, tuple(also), args.smoke, deadline, args.together)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -204,6 +235,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--stages", nargs="+", choices=[name for name, _ in PLAN], default=[])
     parser.add_argument("--minutes", type=float, default=9.3)
+    parser.add_argument(
+        "--together", action="store_true", help="all stages in one process, which saves their imports"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU: does every stage run?")
     return parser.parse_args(argv)
 

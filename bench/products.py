@@ -69,11 +69,16 @@ def measure(
     def blas(index: int) -> Tensor:
         return F.linear(before, weights[index])
 
-    before = layer.gate(x) if gate else layer.norm(x, factor, 1e-5) if factor is not None else x
+    cuda = device.type == "cuda"
+    before = x[..., : product.inputs]
+    if cuda:
+        before = layer.gate(x) if gate else layer.norm(x, factor, 1e-5) if factor is not None else x
     wanted = blas(0).double() if plus is None else blas(0).double() + plus.double()
     shared = {"kind": "product", "model": product.model, "product": product.name, "inputs": product.inputs,
               "outputs": product.outputs, "rows": rows, "floor_us": size / ceiling.bytes * 1e6}  # fmt: skip
     yield {**shared, "backend": "cublas", "us": layer_seconds(blas, count, device) * 1e6}
+    if not cuda:
+        return
     for cut in dict.fromkeys([layer.blocks_for(product.inputs, product.outputs, rows), *blocks]):
 
         def ours(index: int, cut: tuple[int, int, int] = cut) -> Tensor:

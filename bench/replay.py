@@ -11,14 +11,17 @@ Dimension legend: B requests, P prompts, T tokens of a text, N nodes, D depth.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specdec.accept import Verdict
-from specdec.drafting.protocol import Context, Drafter, Shape
+from specdec.attention.protocol import TreeAttention
+from specdec.drafting.eagle import EagleDrafter
+from specdec.drafting.protocol import Context, Shape
+from specdec.head.model import DraftHead
 from specdec.tree import DraftTree, build, root_only
 
 DECAY = 0.5  # of the probability of each further sibling: only ranks nodes
@@ -73,7 +76,6 @@ class ReplayDrafter:
     Args:
         texts: greedy continuation of each prompt, longer than any answer by the depth of a tree.
         profile: how often it is right.
-        inner: a drafter that is asked as well, for its time alone; its trees are thrown away.
         slots, vocab, device: of the engine and the target.
     """
 
@@ -86,10 +88,9 @@ class ReplayDrafter:
         slots: int,
         vocab: int,
         device: torch.device,
-        inner: Drafter | None = None,
     ) -> None:
-        self.profile, self.inner, self.vocab = profile, inner, vocab
-        self.taps: tuple[int, ...] = () if inner is None else inner.taps
+        self.profile, self.vocab = profile, vocab
+        self.taps: tuple[int, ...] = ()
         self.numbers = {prompt: number for number, prompt in enumerate(texts)}
         longest = max(map(len, texts.values()))
         rows = [[*text, *[0] * (longest - len(text))] for text in texts.values()]
@@ -106,41 +107,33 @@ class ReplayDrafter:
         """Recognise the prompt."""
         prompt = tuple(tokens.tolist())
         self.prompt[slot], self.start[slot] = self.numbers[prompt], len(prompt)
-        if self.inner is not None:
-            self.inner.admit(slot, tokens, features, root)
 
     def reuse(self, source: int, slot: int, rows: int) -> int:
         """Nothing of its own to take over."""
-        return rows if self.inner is None else self.inner.reuse(source, slot, rows)
+        return rows
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
-        """Passed on."""
-        if self.inner is not None:
-            self.inner.observe(context, features, verdict)
+        """Nothing to learn."""
 
     def release(self, slot: int) -> None:
-        """Passed on."""
-        if self.inner is not None:
-            self.inner.release(slot)
+        """Nothing to forget."""
 
     def propose(self, context: Context, shape: Shape) -> DraftTree:
         """The tree of the shape, right as deep as the draws of this position say."""
-        levels = 0 if self.inner is None else self.inner.propose(context, shape).levels
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(context.roots)
         layout = self._layout(shape)
         nodes = shape.worth(layout.probs)
         if nodes == 1:
-            return replace(root_only(context.roots), levels=levels)
+            return root_only(context.roots)
         parents, depths, apart = layout.parents[:nodes], layout.depths[:nodes], layout.apart[:nodes]
         right, hit = self._ahead(context, layout.alpha)
         known = torch.cat([context.roots[:, None], right], dim=1)[:, depths]
         off = torch.where(
             apart == 0, ~hit[:, depths], apart
         )  # a wrong draft is the right token plus something
-        tree = build((known + off) % self.vocab, parents.expand(len(known), -1),
+        return build((known + off) % self.vocab, parents.expand(len(known), -1),
                      scores=layout.scores[:nodes].expand(len(known), -1))  # fmt: skip
-        return replace(tree, levels=levels)
 
     def _ahead(self, context: Context, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """(t1 ... tD int64 [B, D], is the main path right at depth 0 ... D, bool [B, D + 1])."""
@@ -162,6 +155,31 @@ class ReplayDrafter:
         if size not in self._layouts:
             self._layouts[size] = _layout(size, self.profile, self.texts.device)
         return self._layouts[size]
+
+
+class ReplayHead(EagleDrafter):
+    """A head that drafts as ever, for its time, while the trees are replayed: rounds cost what a head's rounds cost.
+
+    Args:
+        replay: whose trees; the rest as EagleDrafter.
+    """
+
+    name = "replay"
+
+    def __init__(self, head: DraftHead, embed: Callable[[Tensor], Tensor], attention: TreeAttention, slots: int,
+                 length: int, replay: ReplayDrafter) -> None:  # fmt: skip
+        super().__init__(head, embed, attention, slots, length)
+        self.replay = replay
+
+    def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
+        """Both learn of the prompt."""
+        super().admit(slot, tokens, features, root)
+        self.replay.admit(slot, tokens, features, root)
+
+    def grow(self, context: Context, shape: Shape, y: Tensor) -> DraftTree:
+        """The head's tree is thrown away."""
+        levels = super().grow(context, shape, y).levels
+        return replace(self.replay.propose(context, shape), levels=levels)
 
 
 def _layout(size: tuple[int, int, int], profile: Profile, device: torch.device) -> Layout:

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import kernels, speed, steps
+from bench import kernels, products, speed, steps
 from bench import sweep as sweeps
 from bench.ceilings import Ceiling, ceilings
 from bench.kernels import Point
@@ -28,19 +28,15 @@ from specdec.attention.choose import choose_attention
 from specdec.attention.protocol import TreeAttention
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
-from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.protocol import Shape
-from specdec.engine.budget import Budget
 from specdec.engine.build import DEFAULT_TREE, Options
-from specdec.engine.costs import measure as measure_costs
-from specdec.engine.engine import Engine
-from specdec.engine.graphs import GraphedTarget, graphed
+from specdec.engine.graphs import graphed
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.target.lean import LeanConfig
-from specdec.target.load import LeanTarget, load_target
-from specdec.tree import MAX_NODES
+from specdec.target.load import load_target
 
+FEWER = ("--batches", "1", "--nodes", "1", "4", "8", "16", "32", "64")  # of the steps
 SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 TINY = replace(steps.EIGHT_B, vocab=97, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, head_dim=8,
                max_length=512, windows=(None,) * 2)  # fmt: skip
@@ -115,10 +111,21 @@ def run_kernels(setting: Setting) -> None:
         append("kernels", [row])
 
 
+def run_products(setting: Setting) -> None:
+    """A layer's products for one row and for four, ours against cuBLAS."""
+    if not setting.smoke:
+        products.main(["--rows", "1", "4", "--try-blocks"])
+        return
+    size = products.Product("tiny", "down", 32, 16)
+    append("kernels", products.measure(size, 1, (), setting.ceiling(), setting.place, setting.dtype))
+
+
 def run_steps(setting: Setting) -> None:
     """One forward over 1 to 64 nodes, plain and captured, for every target."""
     if not setting.smoke:
-        steps.main(["--targets", setting.target, *setting.also, steps.RANDOM, "--device", setting.device])
+        steps.main(
+            ["--targets", setting.target, *setting.also, steps.RANDOM, "--device", setting.device, *FEWER]
+        )
         return
     args = argparse.Namespace(batches=[1], nodes=[1, 4], prefix=16)
     target = steps.random_target(TINY, setting.place, setting.dtype)
@@ -162,31 +169,18 @@ def _sweep(pair: sweeps.Pair, batches: tuple[int, ...], shared: dict[str, Any]) 
 
 
 def run_round(setting: Setting) -> None:
-    """One whole round at batch 1 over a fixed tree, against the time of its parts and against their floors."""
+    """Whole rounds of the engine at batch 1 over a fixed tree: what users get, host included."""
     shape = Shape(3, 2, 6) if setting.smoke else DEFAULT_TREE
-    tokens = 12 if setting.smoke else 96
-    pair = sweeps.replay_pair(setting.shape, sweeps.PROFILE, setting.place, setting.dtype, 1, tokens, shape)
-    replay: Any = pair.drafted.drafter
-    head: EagleDrafter = replay.inner
-    target, limits = pair.plain.target, pair.plain.limits
-    costs = measure_costs(target, head, KVCache(target.info.cache, 1, min(limits.length, 512) + MAX_NODES))
-    verify, draft = costs.verify_ms(1, shape.nodes), costs.draft_ms(1, shape.depth)
-    ceiling, lean = setting.ceiling(), target.inner if isinstance(target, GraphedTarget) else target
-    assert isinstance(lean, LeanTarget)
-    weights = sum(p.numel() * p.element_size() for p in head.head.parameters())
-    floors = 1e3 * (steps.weight_bytes(lean) + shape.depth * weights) / ceiling.bytes
-    eagle = Engine(target, head, Budget(None, shape, adaptive=False), limits)
-    for name, engine in (("replay", pair.drafted), ("eagle", eagle)):
-        for row in sweeps.sweep(replace(pair, drafted=engine), [1], 2):
-            note("round", {"target": steps.RANDOM, "draft": name, "verify_ms": verify, "draft_ms": draft,
-                           "floor_ms": floors, **row})  # fmt: skip
+    pair = sweeps.replay_pair(setting.shape, sweeps.PROFILE, setting.place, setting.dtype, 1,
+                              12 if setting.smoke else 96, shape)  # fmt: skip
+    for row in sweeps.sweep(pair, [1], 2):
+        note("round", {"target": steps.RANDOM, "draft": "replay", **row})
 
 
 def run_greedy(setting: Setting) -> None:
     """Drafted tokens against plain ones, greedily: equal in float32, else the top-2 gap where they part."""
     tree, few, tokens = (Shape(2, 2, 4), 1, 8) if setting.smoke else (DEFAULT_TREE, 3, 96)
-    shapes = (tree,) if setting.smoke else (tree, None)
-    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), shapes):
+    for dtype, shape in ((torch.float32, tree), (torch.bfloat16, tree), (torch.bfloat16, None)):
         options = setting.options(dtype=dtype, tree=shape)
         decoder = SpecDecoder.from_pretrained(setting.target, "none", options)
         systems = our_systems(decoder, [setting.head], options)
@@ -262,7 +256,8 @@ def run_choice(setting: Setting) -> None:
 
 STAGES: dict[str, Callable[[Setting], None]] = {
     "ceilings": run_ceilings, "choice": run_choice, "steps": run_steps, "speed": run_speed, "round": run_round,
-    "greedy": run_greedy, "kernels": run_kernels, "sweep": run_sweep, "replay": run_replay, "profile": run_profile,
+    "greedy": run_greedy, "kernels": run_kernels, "products": run_products, "sweep": run_sweep, "replay": run_replay,
+    "profile": run_profile,
     "touch": run_touch,
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +22,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.record import append
-from bench.replay import Profile, ReplayDrafter
+from bench.replay import Profile, ReplayDrafter, ReplayHead
 from bench.steps import EIGHT_B, random_target
 from bench.systems import settle
 from specdec.cache import KVCache
 from specdec.cli.prompts import read_dialogues
-from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
+from specdec.engine.ahead import run_ahead
 from specdec.engine.budget import Budget
 from specdec.engine.build import CPU_LIMIT, DEFAULT_TREE, Options
 from specdec.engine.costs import measure as measure_costs
 from specdec.engine.engine import Engine, Limits
-from specdec.engine.graphs import graphed
+from specdec.engine.graphs import CudaRecording, graphed
 from specdec.engine.request import Request
 from specdec.generate import SpecDecoder
 from specdec.head.config import HeadConfig
@@ -159,18 +160,22 @@ def replay_pair(config: LeanConfig, profile: Profile, device: torch.device, dtyp
     ]
     reach = (shape or DEFAULT_TREE).depth + 2
     limits = Limits(slots, length + max_tokens + 2 * reach + room(slots))
-    plain = Engine(target, NoDrafter(), Budget(None, PLAIN, adaptive=False), limits)
+    plain = _captured(Engine(target, NoDrafter(), Budget(None, PLAIN, adaptive=False), limits))
     texts = dict(zip(prompts, _texts(plain, prompts, max_tokens + reach), strict=True))
-    inner = EagleDrafter(
-        random_head(config, device, dtype), target.embed, lean.decoder.attention, slots, limits.length
+    replay = ReplayDrafter(texts, profile, slots, config.vocab, device)
+    drafter = ReplayHead(
+        random_head(config, device, dtype), target.embed, lean.decoder.attention, slots, limits.length, replay
     )
-    drafter = ReplayDrafter(texts, profile, slots, config.vocab, device, inner)
-    return Pair(
-        plain,
-        Engine(target, drafter, _budget(target, inner, shape, limits), limits),
-        tuple(prompts),
-        max_tokens,
-    )
+    drafted = _captured(Engine(target, drafter, Budget(None, shape or DEFAULT_TREE, adaptive=False), limits))
+    drafted.budget = _budget(target, drafter, shape, limits)
+    return Pair(plain, drafted, tuple(prompts), max_tokens)
+
+
+def _captured(engine: Engine) -> Engine:
+    """On a GPU, with rounds as device programs, as `make_engine` makes them."""
+    if engine.target.info.device.type == "cuda" and (refused := run_ahead(engine)) is not None:
+        warnings.warn(f"rounds run step by step: {refused}", stacklevel=2)
+    return engine
 
 
 def _texts(engine: Engine, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
@@ -187,9 +192,11 @@ def _texts(engine: Engine, prompts: Sequence[tuple[int, ...]], tokens: int) -> l
 def _budget(target: Target, head: Drafter, shape: Shape | None, limits: Limits) -> Budget:
     if shape is not None:
         return Budget(None, shape, adaptive=False)
+    device = target.info.device
     scratch = KVCache(target.info.cache, limits.slots, min(limits.length, 512) + MAX_NODES)
-    limit = CPU_LIMIT if target.info.device.type == "cpu" else DEFAULT_TREE
-    return Budget(measure_costs(target, head, scratch), limit)
+    if device.type == "cpu":
+        return Budget(measure_costs(target, head, scratch), CPU_LIMIT)
+    return Budget(measure_costs(target, head, scratch, CudaRecording()), DEFAULT_TREE, fixed=True)
 
 
 def random_head(config: LeanConfig, device: torch.device, dtype: torch.dtype) -> DraftHead:

@@ -16,8 +16,9 @@ import torch
 from specdec.attention.choose import choose_attention
 from specdec.cache import KVCache
 from specdec.drafting.eagle import EagleDrafter
+from specdec.drafting.none import NoDrafter
 from specdec.drafting.pairs import Pairs
-from specdec.drafting.protocol import Context, Shape
+from specdec.drafting.protocol import PLAIN, Context, Shape
 from specdec.engine.graphs import CudaRecording, Recording, Work
 from specdec.engine.pipeline import Pipeline
 from specdec.engine.request import Request
@@ -88,19 +89,20 @@ def draft_step(
 
 
 def round_ms(
-    target: Target, head: DraftHead, batch: int, shape: Shape, prefix: int, recording: Recording
+    target: Target, head: DraftHead | None, batch: int, shape: Shape, prefix: int, recording: Recording
 ) -> float:
-    """Milliseconds a round of a loop that reads one round late."""
+    """Milliseconds a round of a loop that reads one round late; without a head, of plain decoding."""
     length = prefix + 2 + (ROUNDS + 2) * (shape.depth + 1)
-    drafter = drafter_of(target, head, batch, length)
+    drafter = NoDrafter() if head is None else drafter_of(target, head, batch, length)
     cache = KVCache(target.info.cache, batch, length + MAX_NODES)
     pipeline = Pipeline(target, drafter, cache, shape.depth, recording)
     requests = []
     for slot in range(batch):
         request = Request(f"r{slot}", (1,) * prefix, Sampling(max_tokens=length), frozenset())
         request.slot, request.prefilled, request.output = slot, prefix, [1]
-        lane = drafter.lanes[slot]
-        lane.rows, lane.features, lane.tokens = prefix, [], []
+        if isinstance(drafter, EagleDrafter):
+            lane = drafter.lanes[slot]
+            lane.rows, lane.features, lane.tokens = prefix, [], []
         requests.append(request)
     started = 0.0
     for turn in range(ROUNDS):
@@ -131,4 +133,5 @@ def measure(
             step = draft_step(target, head, batch, shape, prefix, recording)
             row[f"{name}_draft_ms"] = round(median_ms(step, info.device), 4)
             row[f"{name}_round_ms"] = round(round_ms(target, head, batch, shape, prefix, recording), 4)
+            row[f"{name}_token_ms"] = round(round_ms(target, None, batch, PLAIN, prefix, recording), 4)
         yield row

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import RequestError
+from specdec.fused import available
 from specdec.tree import DraftTree
 
 MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
@@ -295,7 +296,17 @@ def likeliest(scores: Tensor) -> Tensor:
 
     `max` and not `argmax`: on CPUs the latter walks bfloat16 rows one element at a time.
     """
-    return scores.max(dim=-1).indices
+    return largest(scores)[1]
+
+
+def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry of each row [..., V] and where it stands first, int64 [...]; NaN counts as largest."""
+    if available.runs(scores.device):
+        from specdec.fused.largest import largest as fused
+
+        return fused(scores)
+    found = scores.max(dim=-1)
+    return found.values, found.indices
 
 
 def spread(logits: Tensor, temperature: Tensor) -> Tensor:

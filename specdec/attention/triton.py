@@ -53,7 +53,7 @@ def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.d
     """The tiling for `packed` = N * group rows of `pairs` = B * Hkv over slots of `capacity` rows.
 
     Every tile here compiles for sm_90 without spilling registers; a test compiles them. Small batches cut
-    the keys until every multiprocessor has work, but a share keeps at least two blocks of keys.
+    the keys until every multiprocessor has work, but a share keeps at least one block of keys.
     """
     head = max(16, 1 << (head_dim - 1).bit_length())
     if dtype == torch.float32:  # exact products run outside the tensor cores, in small tiles
@@ -68,8 +68,8 @@ def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.d
         widest, keys, warps, stages = 64, 64, 4, 3
     rows = min(widest, max(16, 1 << (packed - 1).bit_length()))
     programs = pairs * -(-packed // rows)
-    splits = max(1, min(WAVES * multiprocessors // programs, MAX_SPLITS, capacity // (2 * keys)))
-    return Tiling(rows, keys, head, splits, 2 * keys, warps, stages)
+    splits = max(1, min(WAVES * multiprocessors // programs, MAX_SPLITS, capacity // keys))
+    return Tiling(rows, keys, head, splits, keys, warps, stages)
 
 
 def tree_attention(

@@ -54,7 +54,7 @@ class Pairs:
         at = (waiting - 1).clamp(min=0)[:, None, None].expand(-1, 1, y.shape[2])
         last = torch.where(waiting[:, None] > 0, y.gather(1, at)[:, 0], self.drafter.last[slots])
         self.drafter.last[slots] = last
-        self.counts[slots] = 0
+        self.counts.index_fill_(0, slots, 0)  # assigning a number would copy it from the host
         return last
 
     def observe(self, slots: Tensor, features: Tensor, verdict: Verdict) -> None:

@@ -26,7 +26,7 @@ from specdec.drafting.mixed import MixedDrafter
 from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.budget import CostTable
-from specdec.engine.graphs import Recording
+from specdec.engine.graphs import GraphedTarget, Recording
 from specdec.native.library import why_not
 from specdec.sampling import likeliest
 from specdec.target.protocol import Target
@@ -47,11 +47,14 @@ def measure(
     """Time target forwards and drafting levels; clobbers the cache and the drafter's slots.
 
     Args:
-        recording: drafting is replayed, as in rounds that are device programs; None runs it step by step.
+        recording: forwards and drafting are replayed, as in rounds that are device programs; None runs them step by
+            step.
     """
     batches = [b for b in (1, 2, 4, 8, 16, 32, 64) if b <= cache.slots]
     prefix = min(PREFIX, cache.length // 2)
-    cells = {(b, n): _verify(target, cache, b, n, prefix, drafter.taps)
+    if recording is not None and isinstance(target, GraphedTarget):
+        target = target.inner  # whole forwards are recorded, as in a round
+    cells = {(b, n): _verify(target, cache, b, n, prefix, drafter.taps, recording)
              for b in batches for n in NODES if n == 1 or b * n <= MOST_ROWS}  # fmt: skip
     times = _least_ms(cells)
     verify: dict[int, dict[int, float]] = {b: {} for b in batches}
@@ -98,17 +101,23 @@ def _slots(b: int, prefix: int, device: torch.device) -> tuple[torch.Tensor, tor
 
 
 def _verify(
-    target: Target, cache: KVCache, b: int, n: int, prefix: int, taps: tuple[int, ...]
+    target: Target,
+    cache: KVCache,
+    b: int,
+    n: int,
+    prefix: int,
+    taps: tuple[int, ...],
+    recording: Recording | None,
 ) -> Callable[[], object]:
     """A forward over B trees of N nodes, and the target's greedy choice after each."""
     slots, lengths = _slots(b, prefix, target.info.device)
     tree = chain(torch.ones(b, n, dtype=torch.int64, device=target.info.device))
 
-    def work() -> object:
-        states = target.forward(tree.tokens, tree_rows(slots, lengths, tree), cache, taps)
-        return likeliest(target.logits(states.final))
+    def work() -> None:
+        rows = tree_rows(slots, lengths, tree, spans=recording is None)
+        likeliest(target.logits(target.forward(tree.tokens, rows, cache, taps).final))
 
-    return work
+    return work if recording is None else recording.record(work)
 
 
 def _draft(drafter: EagleDrafter, target: Target, b: int, depth: int, prefix: int,

@@ -19,7 +19,7 @@ from specdec.cache import KVCache
 from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import Context, Shape
 from specdec.fused import available
-from specdec.sampling import BatchSampling, Sampling, choose, process
+from specdec.sampling import BatchSampling, Sampling, choose, largest, process
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES, DraftTree, root_only
 
@@ -36,19 +36,21 @@ class Seats:
         pick: int64 [B], 0, 1, ... and the last request's row for those beyond the batch.
         report: int64 [B, TOKENS + W].
         promised: float32 [B], drafts that the drafter expects to see accepted.
+        bare: trees of one node, for other tokens.
     """
 
     slots: Tensor
     pick: Tensor
     report: Tensor
     promised: Tensor
+    bare: DraftTree
 
     @staticmethod
     def of(size: int, width: int, device: torch.device) -> Seats:
         """For `size` requests of which nobody has sat down."""
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
         report = torch.zeros(size, TOKENS + width, dtype=torch.int64, device=device)
-        return Seats(zeros, zeros.clone(), report, torch.zeros(size, device=device))
+        return Seats(zeros, zeros.clone(), report, torch.zeros(size, device=device), root_only(zeros.clone()))
 
     def take(self, slots: list[int]) -> None:
         """Seat a batch of at most B requests."""
@@ -100,21 +102,19 @@ class Program:
         """
         s, shared = self.standing, len(seats.slots) > ALONE
         c = Context(seats.slots, s.roots[seats.slots], s.lengths[seats.slots], fixed=True)
-        tree = self._draft(c, shape)
-        tree = _picked(tree, seats.pick) if shared else tree
-        tree = replace(tree, sizes=torch.minimum(tree.sizes, s.most[c.slots]))
+        tree = self._tree(c, seats, shape)
         rows = tree_rows(c.slots, c.lengths, tree, spans=False)
         states = self.target.forward(
             tree.tokens, rows, self.cache, self.pairs.drafter.taps if self.pairs else ()
         )
         logits = self.target.logits(states.final)
-        sampling = _sampling(s.heat[c.slots], greedy)
         width = min(shape.depth + 1, tree.nodes)
-        peaks, likeliest = logits.max(dim=-1)
+        peaks, likeliest = largest(logits)
         chosen = likeliest
         if not greedy:
+            sampling = _sampling(s.heat[c.slots])
             chosen = choose(process(logits, tree, sampling), tree, sampling, self._uniforms(c, width))
-        verdict, features = walk(tree, chosen, width), states.features
+        verdict, features = _verdict(tree, chosen, width), states.features
         if shared:
             found = (verdict.kept, verdict.counts, verdict.tokens, verdict.offered)
             verdict, features = Verdict(*(x[seats.pick] for x in found)), features[seats.pick]
@@ -124,10 +124,13 @@ class Program:
             self.pairs.observe(c.slots, features, verdict)
         self._settle(seats, tree, verdict, peaks)
 
-    def _draft(self, context: Context, shape: Shape) -> DraftTree:
+    def _tree(self, context: Context, seats: Seats, shape: Shape) -> DraftTree:
+        """What is verified; cut back where requests run plainly."""
         if self.pairs is None or shape.nodes == 1:
-            return root_only(context.roots)
-        return self.pairs.drafter.grow(context, shape, self.pairs.read(context))
+            return replace(seats.bare, tokens=context.roots[:, None])
+        tree = self.pairs.drafter.grow(context, shape, self.pairs.read(context))
+        tree = _picked(tree, seats.pick) if len(seats.slots) > ALONE else tree
+        return replace(tree, sizes=torch.minimum(tree.sizes, self.standing.most[context.slots]))
 
     def _settle(self, seats: Seats, tree: DraftTree, verdict: Verdict, peaks: Tensor) -> None:
         """Let standings go on, and write what the host will want to know.
@@ -164,6 +167,13 @@ def takes(sampling: Sampling) -> bool:
     return not (sampling.penalised or sampling.logit_bias or truncated) and sampling.logprobs is None
 
 
+def _verdict(tree: DraftTree, chosen: Tensor, width: int) -> Verdict:
+    """`walk`, of which a tree without drafts needs nothing."""
+    if tree.nodes > 1:
+        return walk(tree, chosen, width)
+    return Verdict(tree.parents, tree.sizes, chosen, tree.depths[:, 0])
+
+
 def _picked(tree: DraftTree, pick: Tensor) -> DraftTree:
     """The trees of the picked requests."""
     return replace(
@@ -173,8 +183,8 @@ def _picked(tree: DraftTree, pick: Tensor) -> DraftTree:
     )  # fmt: skip
 
 
-def _sampling(heat: Tensor, greedy: bool) -> BatchSampling:
-    return BatchSampling(heat, heat, heat, heat, bias=None, penalties=None, greedy=greedy, plain=True)
+def _sampling(heat: Tensor) -> BatchSampling:
+    return BatchSampling(heat, heat, heat, heat, bias=None, penalties=None, greedy=False, plain=True)
 
 
 def _report(seats: Seats, tree: DraftTree, verdict: Verdict, peaks: Tensor) -> None:

@@ -18,15 +18,16 @@ import triton.language as tl
 
 FLIP = tl.constexpr(0x7FFFFFFF)  # of a negative float32: every bit but the sign
 LAST = tl.constexpr(0x7FFFFFFF)
+NAN = tl.constexpr(0x7FC00000)
 LEAST = tl.constexpr(-0x80000000)  # of int32
 NOTHING = tl.constexpr(-0x8000000000000000)  # of words: below every score
 
 
 @triton.jit
 def _ordered(x):
-    """float32 as int32 of the same order; the two zeros are one."""
+    """float32 as int32 of the same order; the two zeros are one, and what is no number is above all."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ FLIP, bits)
+    return tl.where(x != x, NAN, tl.where(bits < 0, bits ^ FLIP, bits))
 
 
 @triton.jit

@@ -17,6 +17,8 @@ from specdec.fused.available import applies
 
 WIDEST = 16384  # one program holds a row
 FEW = 4  # rows up to which a product reads its matrix at the memory's speed without tensor cores
+MOST = 2**25  # elements of a matrix; cuBLAS reads larger ones as fast
+SHORT, LONG, WIDE = 1024, 4096, 16384  # inputs of one step; inputs that may be gated again and again; outputs
 GATE_BLOCK = 512
 PLACED = 4  # heads of one program
 
@@ -73,12 +75,15 @@ def can_place(heads: Tensor, plane: Tensor) -> bool:
     return applies(plane) and heads.dtype == plane.dtype and plane.shape[-1] % 2 == 0
 
 
-def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor, indices: Tensor) -> None:
+def place(
+    heads: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, plane: Tensor, slots: Tensor, indices: Tensor
+) -> None:
     """Turn queries in place; turn keys and store them, and values.
 
     Args:
         heads: [B, N, query heads + 2 * KV heads, D], contiguous: queries, then keys, then values.
-        cos, sin: [B, N, 1, D], the sine of the first half negated.
+        cos, sin: [positions, D], dense tables, the sine of the first half negated.
+        positions: int64 [B, N].
         plane: [2, slots, KV heads, length, D], one layer of a cache.
         slots: int64 [B]; indices: int64 [B, N] rows to store at.
     """
@@ -87,16 +92,28 @@ def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor,
     kv_heads, half = plane.shape[2], size // 2
     keys, values = plane[0], plane[1]
     _kernels().place_kernel[(b * n, -(-count // PLACED))](
-        heads, cos.contiguous(), sin.contiguous(), keys, values, slots.contiguous(), indices.contiguous(), n,
+        heads, cos, sin, positions.contiguous(), keys, values, slots.contiguous(), indices.contiguous(), n,
         keys.stride(0), keys.stride(1), keys.stride(2), TURNED=count - kv_heads, QUERIES=count - 2 * kv_heads,
         KV_HEADS=kv_heads, HALF=half, BLOCK_HEADS=PLACED, BLOCK_HALF=1 << (half - 1).bit_length(),
         num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Does `product` take rows x [..., W]? A few rows, for which the matrix is read once and nothing else counts."""
-    return applies(x) and x.dtype == weight.dtype and 0 < math.prod(x.shape[:-1]) <= FEW
+def can_multiply(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
+    """Does `product` take rows x [..., W] better than cuBLAS does (bench/products.py)?
+
+    A few rows, matrices that are soon read; and the gated activation, which every program repeats, only where it is
+    short.
+    """
+    outputs, inputs = weight.shape
+    return (
+        applies(x)
+        and x.dtype == weight.dtype
+        and 0 < math.prod(x.shape[:-1]) <= FEW
+        and weight.numel() <= MOST
+        and (outputs <= WIDE or inputs > SHORT)
+        and not (gated and inputs > LONG)
+    )
 
 
 def product(
@@ -129,6 +146,6 @@ def product(
 
 def blocks_for(inputs: int, outputs: int, rows: int) -> tuple[int, int, int]:
     """Outputs and inputs of a step, warps: enough programs for every multiprocessor, long loads for each thread."""
-    if inputs <= 1024:
-        return (4 if outputs <= 8192 else 8), 1 << (inputs - 1).bit_length(), 4
-    return (2 if outputs <= 1024 else 4), (1024 if rows <= 2 else 512), 4
+    if inputs <= SHORT:
+        return (4 if outputs <= WIDE else 8), 1 << (inputs - 1).bit_length(), 4
+    return 2, (2048 if rows <= 2 else 1024), 4

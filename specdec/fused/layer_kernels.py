@@ -1,7 +1,7 @@
 """The Triton kernels of a decoder layer: norm, gated activation, rotary placing, products of a few rows.
 
-Imported only by functions that are about to launch or compile them, because it imports triton. Every one rounds where
-torch's operations would, so that which of them ran cannot be told but by the order of sums.
+Imported only by functions that are about to launch or compile them, because it imports triton. The small ones round
+where torch's operations would.
 """
 # mypy: ignore-errors
 # (the bodies are Triton's own language, and triton carries no types)
@@ -46,14 +46,15 @@ def _gated(gate, up):
 
 @triton.jit
 def place_kernel(
-    heads, cos, sin, keys, values, slots, indices, rows, kv_slot, kv_head, kv_row,
+    heads, cos, sin, positions, keys, values, slots, indices, rows, kv_slot, kv_head, kv_row,
     TURNED: tl.constexpr, QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one row: queries are turned where they are, keys turned and stored, values stored.
 
-    Grid (B * N, blocks of heads). heads [B, N, QUERIES + 2 * KV_HEADS, 2 * HALF] dense; cos, sin [B, N, 2 * HALF], the
-    first half of the sine negated; keys, values [slots, KV_HEADS, length, 2 * HALF] by strides.
+    Grid (B * N, blocks of heads). heads [B, N, QUERIES + 2 * KV_HEADS, 2 * HALF] dense; cos, sin [positions, 2 * HALF],
+    the first half of the sine negated; positions, indices int64 [B, N]; keys, values [slots, KV_HEADS, length,
+    2 * HALF] by strides.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -61,7 +62,7 @@ def place_kernel(
     fits = (head < QUERIES + 2 * KV_HEADS)[:, None] & (dim < HALF)[None, :]
     at = heads + (row * (QUERIES + 2 * KV_HEADS) + head)[:, None] * (2 * HALF) + dim[None, :]
     low, high = tl.load(at, mask=fits, other=0.0), tl.load(at + HALF, mask=fits, other=0.0)
-    angle = row * 2 * HALF + dim
+    angle = tl.load(positions + row) * (2 * HALF) + dim
     there = dim < HALF
     turned_low = _turn(low, high, cos, sin, angle, there)
     turned_high = _turn(high, low, cos, sin, angle + HALF, there)
@@ -97,46 +98,42 @@ def product_kernel(
 
     Grid (blocks of outputs,). x [count <= ROWS, inputs] (twice as wide where GATED), weight [outputs, inputs], plus and
     y [count, outputs], all dense. `before` is the gated activation, or the norm of weight `factor`, or nothing; `bias`,
-    `plus` and `factor` may be None, which drops their code.
+    `plus` and `factor` may be None, which drops their code. A norm scales whole rows, so that its scale can come last:
+    it is found on the way, and the normed row is never rounded.
     """
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.arange(0, ROWS)
+    out, row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS)
     wide_row = row.to(tl.int64) * inputs
     there, alive = (out < outputs)[:, None], (row < count)[:, None]
     matrix = weight + out.to(tl.int64)[:, None] * inputs
-    scale = tl.full([ROWS], 1.0, tl.float32)
-    if factor is not None:
-        squares = tl.zeros([ROWS, BLOCK_IN], tl.float32)
-        for start in range(0, inputs, BLOCK_IN):
-            at = start + tl.arange(0, BLOCK_IN)
-            part = tl.load(
-                x + wide_row[:, None] + at[None, :], mask=alive & (at < inputs)[None, :], other=0.0
-            )
-            squares += part.to(tl.float32) * part.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)
-    acc = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_IN], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_OUT, BLOCK_IN], tl.float32)  # summed up once, at the end
     for start in range(0, inputs, BLOCK_IN):
         at = start + tl.arange(0, BLOCK_IN)
         inside = at < inputs
-        block = tl.load(matrix + at[None, :], mask=there & inside[None, :], other=0.0)
+        block = tl.load(matrix + at[None, :], mask=there & inside[None, :], other=0.0).to(tl.float32)
         if GATED:
             spot = 2 * wide_row[:, None] + at[None, :]
             gate = tl.load(x + spot, mask=alive & inside[None, :], other=0.0)
-            value = _gated(gate, tl.load(x + spot + inputs, mask=alive & inside[None, :], other=0.0))
+            value = _gated(gate, tl.load(x + spot + inputs, mask=alive & inside[None, :], other=0.0)).to(
+                tl.float32
+            )
         else:
-            value = tl.load(x + wide_row[:, None] + at[None, :], mask=alive & inside[None, :], other=0.0)
+            value = tl.load(x + wide_row[:, None] + at[None, :], mask=alive & inside[None, :], other=0.0).to(
+                tl.float32
+            )
         if factor is not None:
-            by = tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
-            scaled = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32)
-            value = (scaled * by[None, :]).to(value.dtype)
-        acc += tl.sum(value.to(tl.float32)[:, None, :] * block.to(tl.float32)[None, :, :], 2)
+            squares += value * value
+            value *= tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        acc += value[:, None, :] * block[None, :, :]
+    made = tl.sum(acc, 2)
+    if factor is not None:
+        made *= tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
     to = row.to(tl.int64)[:, None] * outputs + out[None, :]
     fits = alive & (out < outputs)[None, :]
     if bias is not None:
-        acc += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
-    value = acc.to(y.dtype.element_ty)
+        made += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
     if plus is not None:
-        value = (value.to(tl.float32) + tl.load(plus + to, mask=fits, other=0.0).to(tl.float32)).to(
-            y.dtype.element_ty
+        made = made.to(y.dtype.element_ty).to(tl.float32) + tl.load(plus + to, mask=fits, other=0.0).to(
+            tl.float32
         )
-    tl.store(y + to, value, mask=fits)
+    tl.store(y + to, made.to(y.dtype.element_ty), mask=fits)

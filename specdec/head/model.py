@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +25,10 @@ from specdec.head.config import HeadConfig
 from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm, normed
-from specdec.layers.rope import Rope, frequencies
+from specdec.layers.rope import Angles, Rope, frequencies
 
 Attend = Callable[[Heads, float], Tensor]
 """(the rows' queries, keys and values, not yet turned; scale) -> [B, N, heads, D]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Angles:
-    """Rotary cosines and sines of the rows, each [B, N, 1, head_dim]."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class DraftHead(nn.Module):
@@ -83,7 +74,7 @@ class DraftHead(nn.Module):
             c = self.config
             inverse = frequencies(c.head_dim, c.theta, c.scaling)
             self._rope = Rope(inverse, c.max_length + 128, self.dtype, self.device)
-        return Angles(*self._rope.at(positions))
+        return Angles(self._rope, positions)
 
     def cache_shape(self) -> CacheShape:
         return CacheShape(1, self.config.kv_heads, self.config.head_dim, self.dtype, self.device)
@@ -119,9 +110,9 @@ class DraftHead(nn.Module):
         x = normed((self.input_norm, self.hidden_norm), (embedded, g))
         residual = x[..., c.hidden :] if c.norm_before_residual else g
         packed = self.qkv(x).view(b, n, c.heads + 2 * c.kv_heads, c.head_dim)
-        seen = attend(Heads(packed, c.kv_heads, angles.cos, angles.sin), self.scale)
+        seen = attend(Heads(packed, c.kv_heads, angles), self.scale)
         a = self.out(seen.reshape(b, n, -1), plus=residual)
-        y: Tensor = self.down(self.gate_up(a, norm=self.mlp_norm), gate=True, plus=a)
+        y: Tensor = self.down(self.gate_up(a, norm=self.mlp_norm), gate=True, plus=a, reuse=True)
         return y
 
     def feedback(self, y: Tensor) -> Tensor:

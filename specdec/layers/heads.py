@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.cache import KVCache, RowIndex
 from specdec.fused import layer as fused
-from specdec.layers.rope import rotate
+from specdec.layers.rope import Angles, rotate
 from specdec.native import placing as native
 
 
@@ -22,28 +22,30 @@ class Heads:
     Attributes:
         packed: [B, N, Q + 2 * G, D], contiguous: queries, then keys, then values.
         kv_heads: G.
-        cos, sin: [B, N, 1, D] of the rows, as `rotate` wants them.
+        angles: of the rows.
     """
 
     packed: Tensor
     kv_heads: int
-    cos: Tensor
-    sin: Tensor
+    angles: Angles
 
     def turned(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, Q, D], keys and values [B, N, G, D]."""
         values = self.packed.shape[2] - self.kv_heads
         keys = values - self.kv_heads
-        qk = rotate(self.packed[:, :, :values], self.cos, self.sin)
+        qk = rotate(self.packed[:, :, :values], *self.angles.values())
         return qk[:, :, :keys], qk[:, :, keys:], self.packed[:, :, values:]
 
     def store(self, cache: KVCache, layer: int, index: RowIndex) -> Tensor:
         """Write turned keys and values to a layer of the cache; turned queries [B, N, Q, D], `packed` is used up."""
         plane, queries = cache.kv[layer], self.packed.shape[2] - 2 * self.kv_heads
-        for kernels in (native, fused):
-            if kernels.can_place(self.packed, plane):
-                kernels.place(self.packed, self.cos, self.sin, plane, index.slots, index.indices)
-                return self.packed[:, :, :queries]
+        if native.can_place(self.packed, plane):
+            native.place(self.packed, *self.angles.values(), plane, index.slots, index.indices)
+            return self.packed[:, :, :queries]
+        if fused.can_place(self.packed, plane):
+            rope, positions = self.angles.rope, self.angles.positions
+            fused.place(self.packed, rope.cos, rope.sin, positions, plane, index.slots, index.indices)
+            return self.packed[:, :, :queries]
         query, key, value = self.turned()
         cache.write(layer, index, key, value)
         return query

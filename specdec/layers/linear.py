@@ -118,7 +118,7 @@ class Projection(nn.Module):
 
         Returns: [..., outputs].
         """
-        if self.packed is None and fused.can_multiply(x, self.weight):
+        if self.packed is None and fused.can_multiply(x, self.weight, gate):
             factor, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
             return fused.product(x, self.weight, self.bias, plus=plus, factor=factor, eps=eps, gated=gate)
         x = x if norm is None else norm(x)

@@ -68,6 +68,20 @@ class Rope:
         return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
 
 
+class Angles:
+    """The rotary tables at the positions int64 [B, N] of some rows; read when somebody asks for the values."""
+
+    def __init__(self, rope: Rope, positions: Tensor) -> None:
+        self.rope, self.positions = rope, positions
+        self._values: tuple[Tensor, Tensor] | None = None
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, each [B, N, 1, head_dim]; looked up once for all layers."""
+        if self._values is None:
+            self._values = self.rope.at(self.positions)
+        return self._values
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads x [B, N, heads, head_dim] by half-split pairs (the layout of Hugging Face checkpoints)."""
     half = x.shape[-1] // 2

@@ -22,7 +22,7 @@ from specdec.errors import UnsupportedError
 from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
-from specdec.layers.rope import SCALINGS, Rope, frequencies
+from specdec.layers.rope import SCALINGS, Angles, Rope, frequencies
 from specdec.target.protocol import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -129,7 +129,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
         """x: [B, N, H] -> [B, N, H]; the memory of x may be overwritten."""
-        heads = Heads(self._heads(x), self.kv_heads, step.cos, step.sin)
+        heads = Heads(self._heads(x), self.kv_heads, step.angles)
         queries = heads.store(step.cache, layer, step.rows.index)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
         x = self.out(seen.flatten(2), plus=x, reuse=True)
@@ -153,8 +153,7 @@ class Step:
     rows: Rows
     cache: KVCache
     attention: TreeAttention
-    cos: Tensor
-    sin: Tensor
+    angles: Angles
 
 
 class LeanDecoder(nn.Module):
@@ -193,8 +192,7 @@ class LeanDecoder(nn.Module):
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """tokens int64 [B, N] at `rows`; writes `cache`; returns final states and the taps."""
         x = F.embedding(tokens, self.embedding)
-        cos, sin = self.rope().at(rows.positions)
-        step = Step(rows, cache, self.attention, cos, sin)
+        step = Step(rows, cache, self.attention, Angles(self.rope(), rows.positions))
         plans = {w: self.attention.plan(rows, cache, w) for w in set(self.config.windows)}
         hidden = self.config.hidden
         features = x.new_empty(*x.shape[:2], len(taps) * hidden)

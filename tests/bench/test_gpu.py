@@ -34,9 +34,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 ROWS = {
     "ceilings": ("gpu", "bytes"), "choice": ("gpu", "picked"), "steps": ("steps", "plain_ms"),
-    "speed": ("speed", "over_transformers"), "round": ("gpu", "verify_ms"), "greedy": ("gpu", "divergences"),
+    "speed": ("speed", "over_transformers"), "round": ("gpu", "ms_per_round"), "greedy": ("gpu", "divergences"),
     "kernels": ("kernels", "us"), "sweep": ("sweep", "over_plain"), "replay": ("sweep", "profile"),
-    "profile": ("gpu", "per_layer"), "touch": ("gpu", "relative_error"),
+    "products": ("kernels", "product"), "profile": ("gpu", "per_layer"), "touch": ("gpu", "relative_error"),
 }  # fmt: skip
 
 
@@ -124,7 +124,9 @@ def test_every_planned_stage_has_a_command(tmp_path: Path) -> None:
 
 STEP = {"target": "random-8b", "batch": 1}
 GOOD: dict[str, list[dict[str, Any]]] = {
-    "steps": [{**STEP, "nodes": 1, "captured_ms": 4.0, "floor_ms": 3.5}, {**STEP, "nodes": 64, "captured_ms": 4.2}],
+    "steps": [{**STEP, "nodes": 1, "captured_ms": 4.0}, {**STEP, "nodes": 64, "captured_ms": 4.2},
+              {**STEP, "nodes": 60, "captured_token_ms": 4.0, "token_floor_ms": 3.5, "captured_round_ms": 6.0,
+               "captured_verify_ms": 4.5, "captured_draft_ms": 1.2, "floor_ms": 5.0}],
     "speed": [
         {"system": "plain", "temperature": 0, "decode_tokens_per_second": 1600.0},
         {"system": "head", "temperature": 0, "over_plain": 2.1, "over_transformers": 9.0},
@@ -135,18 +137,18 @@ GOOD: dict[str, list[dict[str, Any]]] = {
          "wrong": False} for name, us in (("triton", 5.0), ("sdpa", 9.0))
     ],
     "gpu": [
-        {"kind": "round", "draft": "eagle", "ms_per_round": 6.0, "verify_ms": 4.5, "draft_ms": 1.2, "floor_ms": 5.0},
         {"kind": "greedy", "dtype": "torch.float32", "prompts": 3, "divergences": []},
         {"kind": "greedy", "dtype": "torch.bfloat16", "prompts": 3, "divergences": [{"gap": 0.125}]},
         {"kind": "stage", "stage": "memcheck", "status": "done"},
     ],
 }  # fmt: skip
 BAD = {
-    0: ("steps", 0, {"floor_ms": 3.0}), 1: ("speed", 0, {"decode_tokens_per_second": 1400.0}),
-    2: ("steps", 1, {"captured_ms": 4.6}), 3: ("gpu", 0, {"ms_per_round": 7.0}), 4: ("speed", 1, {"over_plain": 1.9}),
+    0: ("steps", 2, {"token_floor_ms": 3.0}), 1: ("speed", 0, {"decode_tokens_per_second": 1400.0}),
+    2: ("steps", 1, {"captured_ms": 4.6}), 3: ("steps", 2, {"captured_round_ms": 7.0}),
+    4: ("speed", 1, {"over_plain": 1.9}),
     5: ("speed", 1, {"over_transformers": 7.9}), 6: ("kernels", 1, {"us": 4.9}), 7: ("sweep", 0, {"over_plain": 0.96}),
-    8: ("gpu", 1, {"divergences": [{"gap": 0.0}]}), 9: ("gpu", 2, {"divergences": [{"gap": 0.625}]}),
-    10: ("gpu", 3, {"status": "exit code 9"}),
+    8: ("gpu", 0, {"divergences": [{"gap": 0.0}]}), 9: ("gpu", 1, {"divergences": [{"gap": 0.625}]}),
+    10: ("gpu", 2, {"status": "exit code 9"}),
 }  # fmt: skip
 
 

@@ -92,8 +92,7 @@ def test_a_row_per_batch(pair: sweep.Pair) -> None:
 
 def test_the_budget_may_choose(pair: sweep.Pair) -> None:
     drafted = pair.drafted
-    inner = drafted.drafter.inner  # type: ignore[attr-defined]
-    budget = sweep._budget(drafted.target, inner, None, drafted.limits)
+    budget = sweep._budget(drafted.target, drafted.drafter, None, drafted.limits)
     assert isinstance(budget, Budget) and budget.costs is not None
     machine = Engine(drafted.target, drafted.drafter, budget, drafted.limits)
     assert (

@@ -25,7 +25,7 @@ from specdec.cache import CacheShape, KVCache, RowIndex
 from specdec.fused import layer
 from specdec.layers.heads import Heads
 from specdec.layers.norm import RMSNorm
-from specdec.layers.rope import Rope, frequencies
+from specdec.layers.rope import Angles, Rope, frequencies
 
 PLACE = torch.device("cpu")  # of every tensor; a test with a GPU puts them there
 HALF = torch.float16  # numpy, in which triton interprets, has no bfloat16
@@ -69,10 +69,12 @@ def place_case(queries: int, kv_heads: int, size: int, dtype: torch.dtype) -> fl
     packed = draw(2, 3, queries + 2 * kv_heads, size, dtype=dtype)
     slots = torch.tensor([[2, 1], [0, 1]], device=PLACE)[:, 0]  # a column, as a batch hands it over
     index = RowIndex(slots, torch.tensor([[4, 9], [5, 1], [6, 17]], device=PLACE).T)
-    heads = Heads(packed, kv_heads, *Rope(frequencies(size, 1e4), 20, dtype, PLACE).at(index.indices))
+    angles = Angles(Rope(frequencies(size, 1e4), 20, dtype, PLACE), index.indices)
+    heads = Heads(packed, kv_heads, angles)
     query, key, value = heads.turned()
     theirs.write(1, index, key, value)
-    layer.place(packed, heads.cos, heads.sin, ours.kv[1], slots, index.indices)
+    rope = angles.rope
+    layer.place(packed, rope.cos, rope.sin, index.indices, ours.kv[1], slots, index.indices)
     assert not ours.kv[0].any(), "wrote to another layer"
     return max(off(packed[:, :, :queries], query), off(ours.kv, theirs.kv))
 
@@ -161,7 +163,12 @@ def compiled(
 
     constants = constants | dict.fromkeys(absent)
     kinds = {name: "*bf16" for name in kernel.arg_names}
-    types = dict.fromkeys(NUMBERS, "i32") | {"slots": "*i64", "indices": "*i64", "eps": "fp32"}
+    types = dict.fromkeys(NUMBERS, "i32") | {
+        "slots": "*i64",
+        "indices": "*i64",
+        "positions": "*i64",
+        "eps": "fp32",
+    }
     kinds |= {name: kind for name, kind in types.items() if name in kinds}
     kinds |= dict.fromkeys(constants, "constexpr")
     odd = {*constants, "eps", "count", "rows"}

@@ -20,6 +20,7 @@ from specdec.cache import CacheShape, KVCache
 from specdec.drafting.pairs import Pairs
 from specdec.engine.program import Program, Seats, Standing
 from specdec.fused import available
+from specdec.sampling import largest
 
 TWICE = (2, 0, 1, 1)  # slots of a batch of three in a program for four
 
@@ -116,6 +117,18 @@ def settled(b: int, nodes: int, scored: bool, drafting: bool, device: str) -> bo
     return same(made) and bool(made[1][3][0, 3] == 1) and not bool(made[1][3][1:, 3].any())
 
 
+def largest_entries(width: int, device: str) -> bool:
+    x = torch.randint(-50, 50, (3, 2, width), generator=torch.Generator().manual_seed(0)).float().to(device)
+    x[1, 0, width // 2] = x[2, 1, 0] = torch.nan
+    x[0, 1] = -torch.inf
+    with fused(False):
+        wanted = largest(x)
+    with fused(True):
+        values, indices = largest(x)
+    first = torch.where(x == wanted[0][..., None], torch.arange(width, device=device), width).amin(-1)
+    return same([[wanted[0]], [values]]) and bool(((indices == first) | wanted[0].isnan()).all())
+
+
 CASES: dict[str, Callable[[str], bool]] = {
     "compaction": lambda device: compaction(3, 32, device),
     "compaction, a request twice": lambda device: compaction(4, 32, device),
@@ -124,6 +137,8 @@ CASES: dict[str, Callable[[str], bool]] = {
     "pairs, a request twice": lambda device: pairs(4, device),
     "standings": lambda device: settled(3, 12, True, True, device),
     "standings, a request twice": lambda device: settled(4, 60, True, True, device),
+    "largest": lambda device: largest_entries(100, device),
+    "largest, several shares": lambda device: largest_entries(9000, device),
     "standings without a head": lambda device: settled(2, 1, False, False, device),
 }
 NUMPY_TROUBLE = "only 0-dimensional arrays"  # what the interpreter of triton 3.6 says under numpy >= 2.4
