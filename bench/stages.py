@@ -257,8 +257,7 @@ def run_choice(setting: Setting) -> None:
 STAGES: dict[str, Callable[[Setting], None]] = {
     "ceilings": run_ceilings, "choice": run_choice, "steps": run_steps, "speed": run_speed, "round": run_round,
     "greedy": run_greedy, "kernels": run_kernels, "products": run_products, "sweep": run_sweep, "replay": run_replay,
-    "profile": run_profile,
-    "touch": run_touch,
+    "profile": run_profile, "touch": run_touch,
 }  # fmt: skip
 
 
