@@ -19,6 +19,7 @@ from torch import Tensor
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
+from specdec.fused.available import launching
 
 WORD = 64  # tree rows per ancestor word
 MAX_SPLITS = 64
@@ -160,12 +161,12 @@ def _launch(view: _View, cut: Tiling, scale: float, softcap: float | None) -> Te
         *view.pointers(), out, partial, lse, n, view.offset, scale, softcap, view.window, *view.strides(),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors), SPLITS=parts,
         LEAST=cut.least, BLOCK_ROWS=cut.rows, BLOCK_KEYS=cut.keys, BLOCK_HEAD=cut.head,
-        num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=True,
+        num_warps=cut.warps, num_stages=cut.stages, **launching(),
     )  # fmt: skip
     if parts > 1:
         kernels.combine_kernel[(b * n * heads,)](
             out, partial, lse, HEAD=d, SPLITS=parts, BLOCK_SPLITS=1 << (parts - 1).bit_length(),
-            BLOCK_HEAD=cut.head, num_warps=2, enable_fp_fusion=True,
+            BLOCK_HEAD=cut.head, num_warps=2, **launching(),
         )  # fmt: skip
     return out
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from specdec.fused.overlap_kernels import wait_for_others
+
 
 @triton.jit
 def _fold(q, k, v, sees, acc, peak, total, scale, softcap, MASKED: tl.constexpr):
@@ -118,6 +120,7 @@ def split_kernel(
     same for k and v; out [B, N, Hq, D], partial float32 [B, N, Hq, SPLITS, D], lse float32 [B, N, Hq, SPLITS]
     contiguous. `ancestors`, `softcap` and `window` (with both positions) may be None, which drops their code.
     """
+    wait_for_others()
     request, kv, split = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS, tl.program_id(2)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     node, head = row // GROUP, kv * GROUP + row % GROUP
@@ -164,6 +167,7 @@ def split_kernel(
 def combine_kernel(out, partial, lse, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
                    BLOCK_HEAD: tl.constexpr):  # fmt: skip
     """Weigh the splits of one row of one head by their log-sum-exp. Grid (B * N * Hq,)."""
+    wait_for_others()
     row = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_HEAD)
     level = tl.load(lse + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))

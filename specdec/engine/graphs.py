@@ -59,7 +59,11 @@ class CudaRecording:
             work()
         self._pool, self._first = graph.pool(), self._first or graph
         graph.replay()  # capturing computes nothing
-        return graph.replay
+
+        def again(work: Work = work) -> None:  # holds the work, whose tensors the graph reads
+            graph.replay()
+
+        return again
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 SWITCH = "SPECDEC_FUSED"  # "0" leaves the kernels out
+OVERLAP = "SPECDEC_OVERLAP"  # "0" lets every kernel start after the one before
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,6 +30,21 @@ def runs(device: torch.device) -> bool:
 def power(least: int, size: int) -> int:
     """`size` rounded up to a power of two that is at least `least`: what a kernel's blocks are cut in."""
     return max(least, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def overlaps() -> bool:
+    """May a kernel start while the one before it still runs? From sm_90 on."""
+    return (
+        os.environ.get(OVERLAP, "1") != "0"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
+
+
+def launching() -> dict[str, bool]:
+    """What every launch is given beside its sizes."""
+    return {"enable_fp_fusion": True} | ({"launch_pdl": True} if overlaps() else {})
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.drafting.growth import Growth
 from specdec.drafting.protocol import Shape
-from specdec.fused.available import power
+from specdec.fused.available import launching, power
 from specdec.tree import MAX_NODES, DraftTree
 
 WIDEST = 16  # a frontier's candidates are one tile
@@ -111,7 +111,7 @@ def shares(logits: Tensor, width: int) -> Shares:
     peaks, totals = (torch.empty((rows, splits), dtype=torch.float32, device=logits.device) for _ in range(2))
     shares_kernel[(rows, splits)](
         logits, words, peaks, totals, logits.stride(0), vocabulary, **blocks,
-        num_warps=share_warps(blocks["BLOCK"]), enable_fp_fusion=True,
+        num_warps=share_warps(blocks["BLOCK"]), **launching(),
     )  # fmt: skip
     return Shares(words, peaks, totals)
 
@@ -147,7 +147,7 @@ def grow(given: Shares, ids: Tensor, old: tuple[Tensor, ...] | None, y: Tensor, 
     level_kernel[(b,)](
         given.words, given.peaks, given.totals, ids, *(old or (None,) * 3), y.contiguous(),
         found.tokens, found.scores, found.parents, *new, count, before, found.tokens.shape[1], hidden,
-        **level_blocks(rows, splits, width, hidden), num_warps=LEVEL_WARPS, enable_fp_fusion=True,
+        **level_blocks(rows, splits, width, hidden), num_warps=LEVEL_WARPS, **launching(),
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def rerank(roots: Tensor, found: Candidates, count: int, nodes: int) -> DraftTre
     scores, sizes = found.scores.new_empty(b, n), roots.new_empty(b)
     rerank_kernel[(b,)](
         roots.contiguous(), found.tokens, found.parents, found.scores, tokens, parents, scores, depths, ancestors,
-        sizes, count, room, **tree_blocks(room, n), num_warps=TREE_WARPS, enable_fp_fusion=True,
+        sizes, count, room, **tree_blocks(room, n), num_warps=TREE_WARPS, **launching(),
     )  # fmt: skip
     return DraftTree(tokens, parents, depths, ancestors, sizes, scores)
 

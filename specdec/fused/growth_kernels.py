@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from specdec.fused.overlap_kernels import wait_for_others
+
 FLIP = tl.constexpr(0x7FFFFFFF)  # of a negative float32: every bit but the sign
 LAST = tl.constexpr(0x7FFFFFFF)
 NAN = tl.constexpr(0x7FC00000)
@@ -69,6 +71,7 @@ def shares_kernel(logits, words, peaks, totals, row_stride, vocabulary, SPLITS: 
     Grid (rows, splits). logits [R, Vd] by row stride; words int64 [R, SPLITS, WIDTH], peaks and totals float32
     [R, SPLITS]: the largest logit and the sum of exp(logit - largest).
     """
+    wait_for_others()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = split * BLOCK + tl.arange(0, BLOCK)
     there = column < vocabulary
@@ -125,6 +128,7 @@ def level_kernel(
     are written to tokens, scores, parents [B, capacity] from `count` on, the new frontier to new_* [B, WIDTH];
     `before` head rows precede its own.
     """
+    wait_for_others()
     request = tl.program_id(0).to(tl.int64)
     row, place = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_WIDTH)
     alive = row < ROWS
@@ -191,6 +195,7 @@ def rerank_kernel(
     roots int64 [B]; candidates tokens, parents int64 and scores float32 [B, capacity], `count` >= NODES - 1 of them in
     use; out_tokens, out_parents, depths, ancestors int64 and out_scores float32 [B, NODES]; sizes int64 [B].
     """
+    wait_for_others()
     request, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there, given, out = c < count, request * capacity + c, request * NODES
     score = tl.load(scores + given, mask=there, other=float("-inf"))

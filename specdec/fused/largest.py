@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.fused.available import power
+from specdec.fused.available import launching, power
 
 SHARE = 4096  # entries of one program
 
@@ -24,7 +24,7 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.empty(x.shape[:-1], device=x.device)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     share_kernel[(count, splits)](
-        rows, words, rows.stride(0), width, SPLITS=splits, BLOCK=SHARE, num_warps=4, enable_fp_fusion=True
+        rows, words, rows.stride(0), width, SPLITS=splits, BLOCK=SHARE, num_warps=4, **launching()
     )
     largest_kernel[(count,)](
         words,
@@ -33,6 +33,6 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
         SPLITS=splits,
         BLOCK_SPLITS=power(2, splits),
         num_warps=1,
-        enable_fp_fusion=True,
+        **launching(),
     )
     return values, indices

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 
 from specdec.fused.growth_kernels import NOTHING, _index, _score, _words
+from specdec.fused.overlap_kernels import wait_for_others
 
 
 @triton.jit
 def share_kernel(x, words, row_stride, width, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest entry of one share of one row. Grid (rows, SPLITS). x [R, width] by row stride, words int64
     [R, SPLITS]."""
+    wait_for_others()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = split * BLOCK + tl.arange(0, BLOCK)
     there = column < width
@@ -28,6 +30,7 @@ def share_kernel(x, words, row_stride, width, SPLITS: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def largest_kernel(words, values, indices, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
     """The largest of a row's shares. Grid (rows,). values float32 [R], indices int64 [R]."""
+    wait_for_others()
     row, split = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_SPLITS)
     best = tl.max(tl.load(words + row * SPLITS + split, mask=split < SPLITS, other=NOTHING), 0)
     tl.store(values + row, _score(best))

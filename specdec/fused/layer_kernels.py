@@ -11,10 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from specdec.fused.overlap_kernels import wait_for_others
+
 
 @triton.jit
 def norm_kernel(x, weight, y, width, y_row, eps, BLOCK: tl.constexpr):
     """One row: x / sqrt(mean(x^2) + eps), rounded, times weight. x [R, width] dense; rows of y lie y_row apart."""
+    wait_for_others()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -29,6 +32,7 @@ def norm_kernel(x, weight, y, width, y_row, eps, BLOCK: tl.constexpr):
 @triton.jit
 def gate_kernel(x, y, width, BLOCK: tl.constexpr):
     """silu(first half) * second half of rows of 2 * width. Grid (rows, blocks)."""
+    wait_for_others()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -56,6 +60,7 @@ def place_kernel(
     the first half of the sine negated; positions, indices int64 [B, N]; keys, values [slots, KV_HEADS, length,
     2 * HALF] by strides.
     """
+    wait_for_others()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dim = tl.arange(0, BLOCK_HALF)
@@ -91,49 +96,42 @@ def _turn(x, other, cos, sin, at, there):
 
 @triton.jit
 def product_kernel(
-    x, weight, bias, plus, factor, y, count, inputs, outputs, eps,
-    ROWS: tl.constexpr, GATED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    x, weight, bias, plus, factor, y, inputs, outputs, eps,
+    GATED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """y = before(x) W^T + bias + plus for a few rows: every program reads its rows of W once, and all of x.
+    """y = before(x) W^T + bias + plus for one row: every program reads its rows of W once, and all of x.
 
-    Grid (blocks of outputs,). x [count <= ROWS, inputs] (twice as wide where GATED), weight [outputs, inputs], plus and
-    y [count, outputs], all dense. `before` is the gated activation, or the norm of weight `factor`, or nothing; `bias`,
-    `plus` and `factor` may be None, which drops their code. A norm scales whole rows, so that its scale can come last:
-    it is found on the way, and the normed row is never rounded.
+    Grid (blocks of outputs,). x [inputs] (twice as long where GATED), weight [outputs, inputs], plus and y [outputs].
+    `before` is the gated activation, or the norm of weight `factor`, or nothing; `bias`, `plus` and `factor` may
+    be None, which drops their code. A norm scales the whole row, so that its scale can come last: it is found on the
+    way, and the normed row is never rounded. Nobody writes weights: the first of them are read before waiting.
     """
-    out, row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS)
-    wide_row = row.to(tl.int64) * inputs
-    there, alive = (out < outputs)[:, None], (row < count)[:, None]
+    out, column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    there = out < outputs
     matrix = weight + out.to(tl.int64)[:, None] * inputs
-    squares = tl.zeros([ROWS, BLOCK_IN], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_OUT, BLOCK_IN], tl.float32)  # summed up once, at the end
+    block = tl.load(matrix + column[None, :], mask=there[:, None] & (column < inputs)[None, :], other=0.0)
+    wait_for_others()
+    squares = tl.zeros([BLOCK_IN], tl.float32)
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # summed up once, at the end
     for start in range(0, inputs, BLOCK_IN):
-        at = start + tl.arange(0, BLOCK_IN)
-        inside = at < inputs
-        block = tl.load(matrix + at[None, :], mask=there & inside[None, :], other=0.0).to(tl.float32)
+        at = start + column
+        value = tl.load(x + at, mask=at < inputs, other=0.0)
         if GATED:
-            spot = 2 * wide_row[:, None] + at[None, :]
-            gate = tl.load(x + spot, mask=alive & inside[None, :], other=0.0)
-            value = _gated(gate, tl.load(x + spot + inputs, mask=alive & inside[None, :], other=0.0)).to(
-                tl.float32
-            )
-        else:
-            value = tl.load(x + wide_row[:, None] + at[None, :], mask=alive & inside[None, :], other=0.0).to(
-                tl.float32
-            )
+            value = _gated(value, tl.load(x + inputs + at, mask=at < inputs, other=0.0))
+        value = value.to(tl.float32)
         if factor is not None:
             squares += value * value
-            value *= tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        acc += value[:, None, :] * block[None, :, :]
-    made = tl.sum(acc, 2)
+            value *= tl.load(factor + at, mask=at < inputs, other=0.0).to(tl.float32)
+        acc += value[None, :] * block.to(tl.float32)
+        at += BLOCK_IN
+        block = tl.load(matrix + at[None, :], mask=there[:, None] & (at < inputs)[None, :], other=0.0)
+    made = tl.sum(acc, 1)
     if factor is not None:
-        made *= tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
-    to = row.to(tl.int64)[:, None] * outputs + out[None, :]
-    fits = alive & (out < outputs)[None, :]
+        made *= tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
     if bias is not None:
-        made += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
+        made += tl.load(bias + out, mask=there, other=0.0).to(tl.float32)
     if plus is not None:
-        made = made.to(y.dtype.element_ty).to(tl.float32) + tl.load(plus + to, mask=fits, other=0.0).to(
+        made = made.to(y.dtype.element_ty).to(tl.float32) + tl.load(plus + out, mask=there, other=0.0).to(
             tl.float32
         )
-    tl.store(y + to, made.to(y.dtype.element_ty), mask=fits)
+    tl.store(y + out, made.to(y.dtype.element_ty), mask=there)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from specdec.accept import Verdict
-from specdec.fused.available import power
+from specdec.fused.available import launching, power
 from specdec.tree import DraftTree
 
 FEATURES = 1024  # of one program
@@ -24,7 +24,7 @@ def compact(kv: Tensor, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
     compact_kernel[(b, layers * two * heads)](
         kv, slots.contiguous(), lengths.contiguous(), kept.contiguous(), kv.stride(2), kv.stride(1), kv.stride(3),
         kv.stride(4), heads, WIDTH=width, HEAD=size, BLOCK_WIDTH=power(1, width), BLOCK_HEAD=power(16, size),
-        num_warps=2, enable_fp_fusion=True,
+        num_warps=2, **launching(),
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def keep(
     keep_kernel[(b, width, -(-wide // FEATURES))](
         features.contiguous(), verdict.kept.contiguous(), verdict.tokens.contiguous(), slots.contiguous(), waiting,
         to_features, to_tokens, nodes, wide, to_tokens.shape[1], WIDTH=width, BLOCK=FEATURES, num_warps=4,
-        enable_fp_fusion=True,
+        **launching(),
     )  # fmt: skip
 
 
@@ -78,5 +78,5 @@ def settle(
     settle_kernel[(b,)](
         *(None if x is None else x.contiguous() for x in given), *standing, report, promised, nodes, report.stride(0),
         WIDTH=width, FIRST=first, BLOCK_WIDTH=power(1, width), BLOCK_NODES=power(16, nodes), num_warps=1,
-        enable_fp_fusion=True,
+        **launching(),
     )  # fmt: skip

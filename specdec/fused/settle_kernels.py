@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from specdec.fused.overlap_kernels import wait_for_others
+
 
 @triton.jit
 def _first(slots, request):
@@ -28,6 +30,7 @@ def compact_kernel(
 
     Grid (requests, planes * heads). All rows are read before any is written; no other program touches them.
     """
+    wait_for_others()
     request = tl.program_id(0).to(tl.int64)
     plane, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     place, dim = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_HEAD)
@@ -51,6 +54,7 @@ def keep_kernel(
     Grid (requests, WIDTH, blocks of features). features [B, nodes, width]; kept, emitted int64 [B, WIDTH]; waiting
     int64 by slot; to_features [slots, room, width], to_tokens int64 [slots, room].
     """
+    wait_for_others()
     request, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dim = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     at = request * WIDTH + place
@@ -74,6 +78,7 @@ def settle_kernel(
     [B, nodes], the largest logit after each node, NaN where one is; roots, lengths, waiting int64 by slot (waiting may
     be None); report int64 by its stride: count, offered, size, sick, then from FIRST on the tokens; promised float32.
     """
+    wait_for_others()
     request, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_WIDTH)
     inside, at = place < WIDTH, request * WIDTH + place
     slot, count, size = tl.load(slots + request), tl.load(counts + request), tl.load(sizes + request)

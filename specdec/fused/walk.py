@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from specdec.accept import Verdict
-from specdec.fused.available import power
+from specdec.fused.available import launching, power
 from specdec.tree import DraftTree
 
 
@@ -23,6 +23,6 @@ def walk(tree: DraftTree, chosen: Tensor, width: int) -> Verdict:
     given = (tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.sizes, chosen)
     walk_kernel[(b,)](
         *(x.contiguous() for x in given), kept, counts, emitted, offered,
-        NODES=n, WIDTH=width, BLOCK=power(16, n), num_warps=1, enable_fp_fusion=True,
+        NODES=n, WIDTH=width, BLOCK=power(16, n), num_warps=1, **launching(),
     )  # fmt: skip
     return Verdict(kept, counts, emitted, offered)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from specdec.fused.overlap_kernels import wait_for_others
+
 
 @triton.jit
 def walk_kernel(
@@ -21,6 +23,7 @@ def walk_kernel(
     tokens, parents, depths, ancestors, chosen int64 [B, NODES], sizes int64 [B]; kept and emitted int64 [B, WIDTH],
     counts and offered int64 [B]. See `specdec.accept.walk`, of which this is a copy line by line.
     """
+    wait_for_others()
     request, node = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     used, at = node < NODES, request * NODES + node
     size = tl.load(sizes + request)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.fused import layer as fused
+from specdec.fused import product
 from specdec.fused.available import applies
 from specdec.layers.gate import gated
 from specdec.layers.norm import RMSNorm
@@ -118,9 +118,14 @@ class Projection(nn.Module):
 
         Returns: [..., outputs].
         """
-        if self.packed is None and fused.can_multiply(x, self.weight, gate):
+        cut = None
+        if self.packed is None:
+            cut = product.cut_for(x, self.weight, norm=norm is not None, gate=gate, plus=plus is not None)
+        if cut is not None:
             factor, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return fused.product(x, self.weight, self.bias, plus=plus, factor=factor, eps=eps, gated=gate)
+            return product.product(
+                x, self.weight, self.bias, cut, plus=plus, factor=factor, eps=eps, gated=gate
+            )
         x = x if norm is None else norm(x)
         x = gated(x) if gate else x
         if plus is None:

@@ -36,7 +36,7 @@ ROWS = {
     "ceilings": ("gpu", "bytes"), "choice": ("gpu", "picked"), "steps": ("steps", "plain_ms"),
     "speed": ("speed", "over_transformers"), "round": ("gpu", "ms_per_round"), "greedy": ("gpu", "divergences"),
     "kernels": ("kernels", "us"), "sweep": ("sweep", "over_plain"), "replay": ("sweep", "profile"),
-    "products": ("kernels", "product"), "profile": ("gpu", "per_layer"), "touch": ("gpu", "relative_error"),
+    "products": ("kernels", "inputs"), "profile": ("gpu", "per_layer"), "touch": ("gpu", "relative_error"),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.cache import CacheShape, KVCache, RowIndex
-from specdec.fused import layer
+from specdec.fused import layer, product
 from specdec.layers.heads import Heads
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import Angles, Rope, frequencies
@@ -79,14 +79,14 @@ def place_case(queries: int, kv_heads: int, size: int, dtype: torch.dtype) -> fl
     return max(off(packed[:, :, :queries], query), off(ours.kv, theirs.kv))
 
 
-def product_case(rows: int, inputs: int, outputs: int, dtype: torch.dtype, before: str = "", bias: bool = False,
-                 plus: bool = False) -> float:  # fmt: skip
-    x = draw(1, rows, 2 * inputs if before == "gate" else inputs, dtype=dtype)
+def product_case(inputs: int, outputs: int, dtype: torch.dtype, before: str = "", bias: bool = False,
+                 plus: bool = False, cut: product.Cut = (4, 64, 4)) -> float:  # fmt: skip
+    x = draw(1, 1, 2 * inputs if before == "gate" else inputs, dtype=dtype)
     weight, factor = draw(outputs, inputs, dtype=dtype, seed=1), draw(inputs, dtype=dtype, seed=2)
     shift = draw(outputs, dtype=dtype, seed=3) if bias else None
-    residual = draw(1, rows, outputs, dtype=dtype, seed=4) if plus else None
-    got = layer.product(x, weight, shift, plus=residual, factor=factor if before == "norm" else None, eps=1e-5,
-                        gated=before == "gate")  # fmt: skip
+    residual = draw(1, 1, outputs, dtype=dtype, seed=4) if plus else None
+    got = product.product(x, weight, shift, cut, plus=residual, factor=factor if before == "norm" else None,
+                          eps=1e-5, gated=before == "gate")  # fmt: skip
     if before == "norm":
         x = plain_norm(x, factor)
     elif before == "gate":
@@ -110,15 +110,14 @@ CASES: dict[str, Callable[[], float]] = {
     "place, SmolLM2's heads": lambda: place_case(9, 3, 64, F32),
     "place, one head, head 48": lambda: place_case(1, 1, 48, F32),
     "place, half": lambda: place_case(4, 2, 64, HALF),
-    "product": lambda: product_case(1, 64, 10, F32),
-    "product, several blocks": lambda: product_case(2, 2500, 9, F32),
-    "product of three rows": lambda: product_case(3, 100, 7, F32, plus=True),
-    "product behind a norm": lambda: product_case(4, 72, 12, F32, "norm", bias=True),
-    "product behind a long norm": lambda: product_case(1, 1100, 12, F32, "norm"),
-    "product behind a gate": lambda: product_case(2, 72, 12, F32, "gate", plus=True),
-    "product, half": lambda: product_case(1, 576, 30, HALF, "norm", plus=True),
+    "product": lambda: product_case(64, 10, F32),
+    "product, several steps": lambda: product_case(250, 9, F32),
+    "product behind a norm": lambda: product_case(72, 12, F32, "norm", bias=True),
+    "product behind a long norm": lambda: product_case(300, 12, F32, "norm", plus=True),
+    "product behind a gate": lambda: product_case(72, 12, F32, "gate", plus=True),
+    "product, half": lambda: product_case(576, 30, HALF, "norm", plus=True, cut=(2, 1024, 4)),
 }
-NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "count", "inputs", "outputs")
+NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs")
 NUMPY_TROUBLE = "only 0-dimensional arrays"  # what the interpreter of triton 3.6 says under numpy >= 2.4
 
 
@@ -171,7 +170,7 @@ def compiled(
     }
     kinds |= {name: kind for name, kind in types.items() if name in kinds}
     kinds |= dict.fromkeys(constants, "constexpr")
-    odd = {*constants, "eps", "count", "rows"}
+    odd = {*constants, "eps", "rows"}
     even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in odd}
     built = compile(ASTSource(kernel, kinds, constexprs=constants, attrs=even), target=GPUTarget("cuda", 90, 32),
                     options={"num_warps": warps, "enable_fp_fusion": True})  # fmt: skip
@@ -180,20 +179,21 @@ def compiled(
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("absent", [("bias", "plus"), ("bias", "factor"), ("bias", "plus", "factor")])
 @pytest.mark.parametrize("sizes", [(576, 960), (1536, 576), (4096, 6144), (14336, 4096)])
-def test_products_of_a_few_rows_keep_to_registers(
-    rows: int, absent: tuple[str, ...], sizes: tuple[int, int], tmp_path: Path
+def test_products_of_a_row_keep_to_registers(
+    absent: tuple[str, ...], sizes: tuple[int, int], tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
     from specdec.fused.layer_kernels import product_kernel
 
-    out, into, warps = layer.blocks_for(*sizes, rows)
-    constants = {"ROWS": rows, "GATED": absent == ("bias", "factor"), "BLOCK_OUT": out, "BLOCK_IN": into}
-    report = compiled(product_kernel, constants, warps, tmp_path, absent)
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spilled is not None and spilled.groups() == ("0", "0"), report
+    gate = absent == ("bias", "factor")
+    kind = product.Kind(*sizes, torch.bfloat16, torch.device("cuda"), norm=not gate, gate=gate, plus=gate)
+    for out, into, warps in product.candidates(kind):
+        constants = {"GATED": gate, "BLOCK_OUT": out, "BLOCK_IN": into}
+        report = compiled(product_kernel, constants, warps, tmp_path, absent)
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert spilled is not None and spilled.groups() == ("0", "0"), report
 
 
 def test_small_kernels_compile_for_sm_90(tmp_path: Path) -> None:
@@ -218,10 +218,21 @@ def test_kernels_on_a_gpu_equal_torch(name: str, monkeypatch: pytest.MonkeyPatch
         assert CASES[name]() < (most if "half" in name else 1e-5)
 
 
+@pytest.mark.gpu
+def test_trials_on_a_gpu_give_right_products() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    kind = product.Kind(576, 960, torch.bfloat16, torch.device("cuda"), norm=True, gate=False, plus=True)
+    trial = product.Trial.of(kind)
+    for cut in product.candidates(kind):
+        assert off(trial.ours(3, cut), trial.theirs(3)) < 2e-2
+
+
 def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
     with torch.no_grad():
         assert not layer.can_norm(draw(2, 64), 64)
-        assert not layer.can_multiply(draw(2, 64), draw(3, 64))
+        row = draw(1, 64)
+        assert product.cut_for(row, draw(3, 64), norm=False, gate=False, plus=False) is None
 
 
 if __name__ == "__main__":
