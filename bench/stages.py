@@ -179,7 +179,7 @@ def run_round(setting: Setting) -> None:
 
 def run_greedy(setting: Setting) -> None:
     """Drafted tokens against plain ones, greedily: equal in float32, else the top-2 gap where they part."""
-    tree, few, tokens = (Shape(2, 2, 4), 1, 8) if setting.smoke else (DEFAULT_TREE, 3, 96)
+    tree, few, tokens = (Shape(2, 2, 4), 1, 8) if setting.smoke else (DEFAULT_TREE, 2, 96)
     for dtype, shape in ((torch.float32, tree), (torch.bfloat16, tree), (torch.bfloat16, None)):
         options = setting.options(dtype=dtype, tree=shape)
         decoder = SpecDecoder.from_pretrained(setting.target, "none", options)
