@@ -173,12 +173,12 @@ def run(
 ) -> list[dict[str, Any]]:
     """The whole bench; returns rows, and appends those of a set to bench/results/speed.jsonl once it is done."""
     decoder = SpecDecoder.from_pretrained(target, "none", options)
-    systems = mine = our_systems(decoder, drafters, options)
+    systems = own = our_systems(decoder, drafters, options)
     decoder.generate("Tell me a story.", Sampling(max_tokens=32))
     memory, device_memory = peak_memory_mb(), device_peak_mb()  # of ours: transformers is not loaded yet
     info = decoder.engine.target.info
     if with_transformers:
-        systems = mine + transformers_systems(
+        systems = own + transformers_systems(
             decoder.loaded.files.directory, info.dtype, info.stop_ids, info.device
         )
     shared = {
@@ -197,7 +197,7 @@ def run(
     for path in files:
         job = load_job(path, decoder, limit)
         if info.device.type == "cuda":  # programs of all shapes are recorded before anything is timed
-            measure(job, mine, sampling, 1, lambda: None)
+            measure(job, own, sampling, 1, lambda: None)
         runs = measure(
             job, systems, sampling, repeats, tick(job.name, len(job.prompts) * repeats * len(systems))
         )

@@ -106,6 +106,7 @@ def median_ms(work: Callable[[], object], device: torch.device) -> float:
     return 1e3 * statistics.median(times)
 
 
+@torch.inference_mode()
 def measure(
     target: LeanTarget, args: argparse.Namespace, bandwidth: float | None
 ) -> Iterator[dict[str, Any]]:
@@ -127,6 +128,7 @@ def measure(
             yield row
 
 
+@torch.inference_mode()
 def whole_rounds(
     target: LeanTarget, args: argparse.Namespace, bandwidth: float | None
 ) -> Iterator[dict[str, Any]]:

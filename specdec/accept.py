@@ -57,7 +57,9 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     if available.runs(chosen.device):
         from specdec.fused.walk import walk as fused_walk
 
-        return fused_walk(tree, chosen, width)
+        return Verdict(
+            *fused_walk(tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.sizes, chosen, width)
+        )
     index = torch.arange(n, device=chosen.device)
     agrees = chosen.gather(1, tree.parents) == tree.tokens
     agrees &= index < tree.sizes[:, None]

@@ -101,7 +101,7 @@ def growth_of(ids: Tensor, shape: Shape) -> Growth:
         ids: int64 [Vd], target id of each draft-vocabulary entry.
     """
     if available.runs(ids.device):
-        from specdec.fused.growth import FusedGrowth, fits
+        from specdec.drafting.fused_growth import FusedGrowth, fits
 
         if fits(min(shape.width, len(ids)), shape):
             return FusedGrowth(ids, shape)

@@ -63,7 +63,9 @@ class Pairs:
         if available.runs(features.device):
             from specdec.fused.settle import keep
 
-            return keep(features, verdict, slots, self.counts, self.features, self.tokens)
+            return keep(
+                features, verdict.kept, verdict.tokens, slots, self.counts, self.features, self.tokens
+            )
         waiting = self.counts[slots]
         place = waiting[:, None] + torch.arange(verdict.kept.shape[1], device=slots.device)
         kept = verdict.kept[..., None].expand(-1, -1, features.shape[2])

@@ -22,6 +22,7 @@ FEW_NODES = 16  # nodes over which the price of a single one is averaged
 LEAST_TRUST = (
     0.25  # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
 )
+FIRST_GAIN = 0.35  # accepted drafts per doubling of the tree, before any round is known
 CARRY = 0.6  # share of a frontier's mass that the next level is expected to win
 
 
@@ -173,10 +174,9 @@ class Budget:
         What a smaller tree would have brought is not known, so accepted drafts are taken to grow with the number of
         times the tree's size has doubled, which is how EAGLE's trees grow (each doubling adds a little less).
         """
-        if trial.rounds < TRIAL // 2:
-            return self.limit
         assert self.costs is not None
-        gain, costs = trial.kept / trial.doublings, self.costs
+        known = trial.rounds >= TRIAL // 2
+        gain, costs = trial.kept / trial.doublings if known else FIRST_GAIN, self.costs
 
         def rate(shape: Shape) -> float:
             ms = costs.verify_ms(batch, shape.nodes) + costs.draft_ms(batch, shape.depth)

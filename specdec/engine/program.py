@@ -142,8 +142,19 @@ class Program:
         if available.runs(peaks.device):
             from specdec.fused.settle import settle
 
+            found = (verdict.kept, verdict.counts, verdict.tokens, verdict.offered)
             standing = (s.roots, s.lengths, waiting)
-            return settle(tree, verdict, peaks, seats.slots, standing, seats.report, seats.promised, TOKENS)
+            return settle(
+                found,
+                tree.sizes,
+                tree.scores,
+                peaks,
+                seats.slots,
+                standing,
+                seats.report,
+                seats.promised,
+                TOKENS,
+            )
         for held in (s.lengths, waiting):
             if held is not None:
                 held[seats.slots] = held[seats.slots] + verdict.counts

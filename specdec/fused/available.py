@@ -14,6 +14,7 @@ from torch import Tensor
 
 SWITCH = "SPECDEC_FUSED"  # "0" leaves the kernels out
 OVERLAP = "SPECDEC_OVERLAP"  # "0" lets every kernel start after the one before
+WORD = 64  # nodes of a tree, at most: bits of an ancestor word
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,15 +51,13 @@ def launching() -> dict[str, bool]:
 @functools.cache
 def _works(device: torch.device) -> bool:
     """Triton needs a driver and a C compiler that take its kernels; a walk down two nodes tells."""
-    from specdec.tree import DraftTree
-
     if os.environ.get(SWITCH, "1") == "0" or importlib.util.find_spec("triton") is None:
         return False
     try:
         from specdec.fused.walk import walk
 
         pair = torch.arange(2, device=device)[None]
-        tree = DraftTree(pair, pair * 0, pair, 2 * pair + 1, pair[0, 1:] + 1)
-        return walk(tree, pair + 1, 2).tokens.tolist() == [[1, 2]]
+        tree = (pair, pair * 0, pair, 2 * pair + 1, pair[0, 1:] + 1)
+        return walk(*tree, pair + 1, 2)[2].tolist() == [[1, 2]]
     except Exception:  # whatever a missing or broken package does, torch still runs
         return False

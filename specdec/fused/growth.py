@@ -1,4 +1,4 @@
-"""Growth in two launches a level and one for the tree; `specdec.drafting.growth` says what it computes.
+"""Launches that grow trees: two a level and one for the tree; `specdec.drafting.growth` says what they compute.
 
 Every share of every frontier node's vocabulary finds its likeliest drafts; then one program a request merges them,
 notes the level's candidates and picks the frontier; in the end one program a request draws the tree.
@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.drafting.growth import Growth
-from specdec.drafting.protocol import Shape
-from specdec.fused.available import launching, power
-from specdec.tree import MAX_NODES, DraftTree
+from specdec.fused.available import WORD, launching, power
 
 WIDEST = 16  # a frontier's candidates are one tile
 SPLITS = 16  # shares of a vocabulary, at most; fewer where a share would be below `SHARE`
@@ -46,56 +43,16 @@ class Candidates:
     parents: Tensor
     scores: Tensor
 
-
-class FusedGrowth(Growth):
-    """See `Growth`; every shape that `fits` is grown alike."""
-
-    found: Candidates
-
-    def level(self, logits: Tensor, y: Tensor) -> Tensor:
-        """See `Growth.level`."""
-        b, rows, _ = logits.shape
-        first = self.depth == 0
-        if first:
-            self.found = _room(b, capacity(self.width, self.shape.depth), logits.device)
-        self.rows_before = 0 if first else self.rows_before + self.width
-        old = None if first else (self.scores, self.at, self.bits)
-        tokens, at, bits = (self.ids.new_empty(b, self.width) for _ in range(3))
-        scores = logits.new_empty((b, self.width), dtype=torch.float32)
-        new_y = y.new_empty(b, self.width, y.shape[2])
-        new = (tokens, scores, at, bits, new_y)
-        grow(
-            shares(logits.flatten(0, 1), self.width),
-            self.ids,
-            old,
-            y,
-            self.found,
-            new,
-            self.count,
-            self.rows_before,
-        )
-        self.tokens, self.scores, self.at, self.bits = tokens, scores, at, bits
-        self.count += rows * self.width
-        self.depth += 1
-        return new_y
-
-    def path_scores(self) -> Tensor:
-        """See `Growth.path_scores`."""
-        return self.found.scores[:, : self.count]
-
-    def tree(self, roots: Tensor, nodes: int) -> DraftTree:
-        """See `Growth.tree`."""
-        return rerank(roots, self.found, self.count, nodes)
-
-
-def fits(width: int, shape: Shape) -> bool:
-    """Can the kernels grow trees of this shape?"""
-    return width <= WIDEST and shape.nodes <= MAX_NODES
+    @staticmethod
+    def room(b: int, size: int, device: torch.device) -> Candidates:
+        """For so many, none yet."""
+        tokens, parents = (torch.empty((b, size), dtype=torch.int64, device=device) for _ in range(2))
+        return Candidates(tokens, parents, torch.empty((b, size), dtype=torch.float32, device=device))
 
 
 def capacity(width: int, depth: int) -> int:
     """C: the most candidates that so many levels can have, while their head rows fit into a word."""
-    levels = min(depth, MAX_NODES // width + 1)
+    levels = min(depth, WORD // width + 1)
     return width + (levels - 1) * width * width
 
 
@@ -160,8 +117,16 @@ def level_blocks(rows: int, splits: int, width: int, hidden: int) -> dict[str, i
     }  # fmt: skip
 
 
-def rerank(roots: Tensor, found: Candidates, count: int, nodes: int) -> DraftTree:
-    """`trees.rerank` of the first `count` candidates, in one launch. roots: int64 [B]."""
+def rerank(
+    roots: Tensor, found: Candidates, count: int, nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`trees.rerank` of the first `count` candidates, in one launch.
+
+    Args:
+        roots: int64 [B].
+
+    Returns: tokens, parents, depths, ancestors int64 [B, N], sizes int64 [B], scores float32 [B, N].
+    """
     from specdec.fused.growth_kernels import rerank_kernel
 
     b, room = found.tokens.shape
@@ -172,7 +137,7 @@ def rerank(roots: Tensor, found: Candidates, count: int, nodes: int) -> DraftTre
         roots.contiguous(), found.tokens, found.parents, found.scores, tokens, parents, scores, depths, ancestors,
         sizes, count, room, **tree_blocks(room, n), num_warps=TREE_WARPS, **launching(),
     )  # fmt: skip
-    return DraftTree(tokens, parents, depths, ancestors, sizes, scores)
+    return tokens, parents, depths, ancestors, sizes, scores
 
 
 def tree_blocks(room: int, nodes: int) -> dict[str, int]:
@@ -180,8 +145,3 @@ def tree_blocks(room: int, nodes: int) -> dict[str, int]:
     return {
         "NODES": nodes, "TURNS": (nodes - 1).bit_length(), "BLOCK": power(16, room), "BLOCK_NODES": power(16, nodes),
     }  # fmt: skip
-
-
-def _room(b: int, size: int, device: torch.device) -> Candidates:
-    tokens, parents = (torch.empty((b, size), dtype=torch.int64, device=device) for _ in range(2))
-    return Candidates(tokens, parents, torch.empty((b, size), dtype=torch.float32, device=device))

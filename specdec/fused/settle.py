@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specdec.accept import Verdict
 from specdec.fused.available import launching, power
-from specdec.tree import DraftTree
 
 FEATURES = 1024  # of one program
 
@@ -29,52 +27,46 @@ def compact(kv: Tensor, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
 
 
 def keep(
-    features: Tensor, verdict: Verdict, slots: Tensor, waiting: Tensor, to_features: Tensor, to_tokens: Tensor
-) -> None:
-    """`Pairs.observe` but for its counts: accepted features and tokens behind those that wait.
+    features: Tensor, kept: Tensor, emitted: Tensor, slots: Tensor, waiting: Tensor, to_features: Tensor,
+    to_tokens: Tensor,
+) -> None:  # fmt: skip
+    """`Pairs.observe`: accepted features and tokens behind those that wait.
 
     Args:
-        features: [B, N, F]; verdict: of the same B.
+        features: [B, N, F]; kept, emitted: int64 [B, D + 1] of a verdict.
         slots: int64 [B]; waiting: int64 [S].
         to_features: [S, W, F]; to_tokens: int64 [S, W].
     """
     from specdec.fused.settle_kernels import keep_kernel
 
     b, nodes, wide = features.shape
-    width = verdict.kept.shape[1]
+    width = kept.shape[1]
     keep_kernel[(b, width, -(-wide // FEATURES))](
-        features.contiguous(), verdict.kept.contiguous(), verdict.tokens.contiguous(), slots.contiguous(), waiting,
+        features.contiguous(), kept.contiguous(), emitted.contiguous(), slots.contiguous(), waiting,
         to_features, to_tokens, nodes, wide, to_tokens.shape[1], WIDTH=width, BLOCK=FEATURES, num_warps=4,
         **launching(),
     )  # fmt: skip
 
 
 def settle(
-    tree: DraftTree, verdict: Verdict, peaks: Tensor, slots: Tensor, standing: tuple[Tensor, Tensor, Tensor | None],
-    report: Tensor, promised: Tensor, first: int,
+    verdict: tuple[Tensor, Tensor, Tensor, Tensor], sizes: Tensor, scores: Tensor | None, peaks: Tensor,
+    slots: Tensor, standing: tuple[Tensor, Tensor, Tensor | None], report: Tensor, promised: Tensor, first: int,
 ) -> None:  # fmt: skip
     """Standings by slot after a round, and what the host will want to know of it.
 
     Args:
-        tree, verdict: of B requests; peaks: [B, N], the largest logit after each node.
+        verdict: kept int64 [B, D + 1], counts int64 [B], emitted int64 [B, D + 1], offered int64 [B].
+        sizes: int64 [B], nodes in use; scores: float32 [B, N] of their paths, or None.
+        peaks: [B, N], the largest logit after each node.
         slots: int64 [B].
         standing: roots, lengths and waiting pairs, int64 [S]; no pairs without a head.
         report: int64 [B, first + columns]; promised: float32 [B].
     """
     from specdec.fused.settle_kernels import settle_kernel
 
-    b, nodes = tree.tokens.shape
-    width = verdict.kept.shape[1]
-    given = (
-        verdict.kept,
-        verdict.counts,
-        verdict.tokens,
-        verdict.offered,
-        tree.sizes,
-        tree.scores,
-        peaks,
-        slots,
-    )
+    b, nodes = peaks.shape
+    width = verdict[0].shape[1]
+    given = (*verdict, sizes, scores, peaks, slots)
     settle_kernel[(b,)](
         *(None if x is None else x.contiguous() for x in given), *standing, report, promised, nodes, report.stride(0),
         WIDTH=width, FIRST=first, BLOCK_WIDTH=power(1, width), BLOCK_NODES=power(16, nodes), num_warps=1,

@@ -137,7 +137,8 @@ def test_fixed_rounds_get_whole_sizes_by_what_they_brought() -> None:
     limit, chosen = Shape(depth=6, width=4, nodes=60), {}
     for name, table in (("flat", flat), ("steep", steep)):
         budget = Budget(table, limit, fixed=True)
-        assert budget.shape(1) == limit
+        first = budget.shape(1)  # by what heads usually bring
+        assert first == limit if name == "flat" else 1 < first.nodes < limit.nodes
         for _ in range(TRIAL - 1):
             budget.earned(1, 60, 6, promised=2.0, emitted=4)
         chosen[name] = budget.shape(1)
