@@ -63,6 +63,7 @@ def _target(decoder: Any) -> dict[str, Any]:
         if (choice := getattr(decoder.loaded.target, "choice", None))
         else "reference",
         "C kernels": why_not() or "yes",
+        "fused kernels": _fused(info.device),
         "captured in CUDA graphs": "yes" if hasattr(engine.target, "recording") else "no",
         "rounds": _rounds(engine),
         "layers": info.layers,
@@ -76,6 +77,14 @@ def _target(decoder: Any) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
         "directory": str(decoder.loaded.files.directory),
     }
+
+
+def _fused(device: Any) -> str:
+    from specdec.fused.available import overlaps, runs
+
+    if not runs(device):
+        return "no"
+    return "yes, overlapping" if overlaps() else "yes"
 
 
 def _rounds(engine: Any) -> str:
