@@ -31,6 +31,7 @@ from specdec.surplus.control import (
     tune,
 )
 from specdec.surplus.folds import Fold, among, make_folds
+from specdec.surplus.mixture import mixed
 from specdec.surplus.probe import Fitted, ProbeData, ProbeSettings, fit_probes, permuted
 
 TOPS = (1, 2, 4, 10)
@@ -188,7 +189,7 @@ def split(data: ProbeData, fold: Fold, position: Tensor, settings: EstimateSetti
 
 
 def fit_bank(data: ProbeData, parts: Split, depth: int, settings: EstimateSettings) -> Bank:
-    """The controls that see z only: tuned soft n-gram, and a neural table that starts at its base law.
+    """The controls that see z only: tuned soft n-gram, neural table from its base law, the target on z, and a mixture.
 
     Fitted once per text and split, whatever the features.
     """
@@ -206,6 +207,9 @@ def _fit_bank(data: ProbeData, train: Contexts, val: Contexts, settings: Estimat
     table = NeuralTable(tokens, unembedding, ngram.base, train.depth - 1, settings.table)
     torch.random.set_rng_state(state)
     controls: list[Control] = [ngram, fit_table(table, train, val, data.labels, settings.table)]
+    if train.depth in data.briefs:
+        brief = data.briefs[train.depth]
+        controls += [brief, mixed(brief, ngram, val, data.labels)]
     return make_bank(controls, val, data.labels)
 
 

@@ -132,6 +132,18 @@ class HeadLabels:
         return full if self.lumping is None else self.lumping.log_probs(full)
 
 
+TABLE_BYTES = 1_500_000_000
+"""Label laws held in memory; beyond, they are recomputed at every visit."""
+
+
+def in_memory(labels: Labels, rows: int) -> Labels:
+    """The same laws computed once, in float32 or float16, where memory allows."""
+    size = rows * labels.width
+    if size * 4 <= TABLE_BYTES:
+        return tabulate(labels, rows, chunk=256)
+    return tabulate(labels, rows, chunk=256, dtype=torch.float16) if size * 2 <= TABLE_BYTES else labels
+
+
 def tabulate(
     labels: Labels, rows: int, *, chunk: int = 1024, dtype: torch.dtype = torch.float32
 ) -> TableLabels:

@@ -6,6 +6,7 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +15,12 @@ from torch import Tensor
 from specdec.surplus.banks import Banks
 from specdec.surplus.contract import Captured
 from specdec.surplus.draft import draft_lumping
-from specdec.surplus.labels import HeadLabels, Labels, Lumping, tabulate
+from specdec.surplus.labels import HeadLabels, Labels, Lumping, in_memory
+from specdec.surplus.mixture import Brief
 from specdec.surplus.plan import Plan, TapSet
 from specdec.surplus.probe import ProbeData
 from specdec.surplus.shards import checksum
 
-TABLE_BYTES = 1_500_000_000
-"""Label laws held in memory; beyond, they are recomputed at every visit."""
 SAMPLE_ROWS = 2048
 """Rows on which geometry, entropies and tap alignment are measured."""
 
@@ -36,6 +36,7 @@ class Material:
         tokens: [V, e] input embedding.
         tail: mean mass of the tail symbol; alpha and children masses of probes are at most this much too high.
         banks: controls, shared by all tap sets.
+        briefs: per depth the target run on z alone.
     """
 
     captured: Captured
@@ -44,6 +45,7 @@ class Material:
     tokens: Tensor
     tail: float
     banks: Banks = field(default_factory=Banks)
+    briefs: Mapping[int, Brief] = field(default_factory=dict)
 
     def data(self, taps: TapSet) -> ProbeData:
         """What probes of one tap set read."""
@@ -51,13 +53,15 @@ class Material:
         rows = c.head.unembedding
         unembedding = rows if self.lumping is None else self.lumping.unembedding(rows)
         return ProbeData(
-            c.ids, c.doc, c.features(taps), self.labels, self.tokens, unembedding, banks=self.banks
-        )
+            c.ids, c.doc, c.features(taps), self.labels, self.tokens, unembedding, banks=self.banks,
+            briefs=self.briefs,
+        )  # fmt: skip
 
     @property
     def symbols_key(self) -> str:
-        """Tells one choice of label symbols from another."""
-        return "all" if self.lumping is None else checksum({"kept": self.lumping.kept})
+        """Tells one choice of label symbols and controls from another."""
+        symbols = "all" if self.lumping is None else checksum({"kept": self.lumping.kept})
+        return symbols + (" briefs" if self.briefs else "")
 
     def sample(self, count: int = SAMPLE_ROWS) -> Tensor:
         """Evenly spaced rows, int64 [<= count]."""
@@ -81,12 +85,7 @@ def prepare(captured: Captured, tokens: Tensor, plan: Plan, draft_ids: Tensor | 
     for part in torch.split(rows, 256):
         weight += captured.head.log_probs(captured.final[part]).exp().sum(0)
     lumping = _lumping(weight, plan.symbols, draft_ids)
-    labels: Labels = HeadLabels(captured.head, captured.final, lumping)
-    size = captured.ids.shape[0] * labels.width
-    if size * 4 <= TABLE_BYTES:
-        labels = tabulate(labels, captured.ids.shape[0], chunk=256)
-    elif size * 2 <= TABLE_BYTES:
-        labels = tabulate(labels, captured.ids.shape[0], chunk=256, dtype=torch.float16)
+    labels = in_memory(HeadLabels(captured.head, captured.final, lumping), captured.ids.shape[0])
     kept = weight.sum() if lumping is None else weight[lumping.kept].sum()
     return Material(captured, labels, lumping, tokens, float(1 - kept / weight.sum()))
 

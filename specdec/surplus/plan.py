@@ -285,7 +285,8 @@ def estimated_minutes(plan: Plan, sizes: Sizes, rate: float) -> dict[str, float]
     d, rows = sizes.hidden, sizes.documents * plan.max_tokens
     forward = 2.0 * (12 * sizes.layers * d * d + sizes.vocab * d)
     # Decoding one token costs about three rows of a long prefill: it waits for memory.
-    capture = rows * forward * (4 + sum(plan.windows))
+    # the control runs the target once more on every row's next few tokens
+    capture = rows * forward * (4 + sum(plan.windows) + max(plan.depths) / 3)
     rounds = sizes.outcomes * plan.max_tokens / 2  # at two tokens per round
     engine = (
         rounds * forward * sum(2 + shape.nodes for shape in plan.shapes.values()) if sizes.outcomes else 0.0

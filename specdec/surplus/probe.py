@@ -21,6 +21,7 @@ from specdec.surplus.banks import Banks
 from specdec.surplus.contract import Contexts, contexts
 from specdec.surplus.control import Control
 from specdec.surplus.labels import Labels
+from specdec.surplus.mixture import Brief
 from specdec.surplus.sources import permute_within
 from specdec.surplus.start import WIDEST, Lesson, Start, fit_start
 
@@ -38,6 +39,7 @@ class ProbeData:
         unembedding: [M, d] frozen U (identity for toys).
         donor: per depth an int64 [T]: the row whose feature is fed in place of row t (controls); absent = t.
         banks: controls that were fitted on this text and these labels.
+        briefs: per depth the target run on z alone, where there is a target.
     """
 
     ids: Tensor
@@ -48,6 +50,7 @@ class ProbeData:
     unembedding: Tensor
     donor: Mapping[int, Tensor] = field(default_factory=dict)
     banks: Banks = field(default_factory=Banks)
+    briefs: Mapping[int, Brief] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.features).all()):

@@ -20,6 +20,7 @@ from specdec.head.match import check_match
 from specdec.head.model import DraftHead
 from specdec.surplus import landscape, measure
 from specdec.surplus.account import engine_row, predicted_tau, selection, waterfall
+from specdec.surplus.brief import Finals, beginning, finals
 from specdec.surplus.capture import (
     CaptureSettings,
     Passage,
@@ -35,6 +36,7 @@ from specdec.surplus.estimate import Estimate
 from specdec.surplus.folds import split_roles
 from specdec.surplus.forecasts import align
 from specdec.surplus.material import Material, prepare
+from specdec.surplus.mixture import Brief
 from specdec.surplus.outcome import Measured, decode
 from specdec.surplus.plan import (
     Plan,
@@ -180,8 +182,9 @@ class _Run:
         output = target_head(self.target, order.temperature)
         captured = load_captured(self.text, manifest, output)
         say("labels", 0, 1)
-        self.material: Material = prepare(captured, self._embedding(), self.plan, self._draft_ids())
+        material = prepare(captured, self._embedding(), self.plan, self._draft_ids())
         say("labels", 1, 1)
+        self.material: Material = replace(material, briefs=self._briefs(material))
 
     def _embedding(self) -> Tensor:
         info = self.target.info
@@ -191,6 +194,27 @@ class _Run:
 
     def _draft_ids(self) -> Tensor | None:
         return None if self.head is None else self.head.ids.cpu()
+
+    def _briefs(self, material: Material) -> dict[int, Brief]:
+        """The target run on z alone, its states kept between runs."""
+        depths, c = self.plan.estimate().depths, material.captured
+        path, key = self.stages / "briefs.safetensors", {"text": f"{self.manifest} {depths}"}
+        kept = load_tensors(path)
+        if kept is not None and kept[1] == key:
+            columns = kept[0]
+        else:
+            before = beginning(self.target, c.ids, c.doc, material.labels, c.head, material.lumping)
+            found = finals(
+                self.target, c.ids, c.doc, depths, before, lambda d, n: self.say("target on z", d, n)
+            )
+            columns = {
+                f"{k}.{name}": getattr(each, name) for k, each in found.items() for name in ("keys", "states")
+            }
+            save_tensors(path, columns, key)
+        made = {
+            k: Finals(columns[f"{k}.keys"], columns[f"{k}.states"]) for k in depths if f"{k}.keys" in columns
+        }
+        return {k: each.brief(c.head, material.lumping) for k, each in made.items()}
 
     def report(self) -> Report:
         """All stages in order, the costly ones that are kept between runs first."""

@@ -194,18 +194,17 @@ class LeanDecoder(nn.Module):
         x = F.embedding(tokens, self.embedding)
         step = Step(rows, cache, self.attention, Angles(self.rope(), rows.positions))
         plans = {w: self.attention.plan(rows, cache, w) for w in set(self.config.windows)}
-        hidden = self.config.hidden
-        features = x.new_empty(*x.shape[:2], len(taps) * hidden)
+        features = x.new_empty(*x.shape[:2], len(taps) * self.config.hidden)
         for layer, block in enumerate(self.blocks):
-            if layer in taps:
-                features[..., _columns(taps, layer, hidden)] = x
+            _tap(features, taps, layer, x)
             x = block(x, step, layer, plans[self.config.windows[layer]])
-        if len(self.blocks) in taps:
-            features[..., _columns(taps, len(self.blocks), hidden)] = x
+        _tap(features, taps, len(self.blocks), x)
         return States(self.norm(x), features)
 
 
-def _columns(taps: tuple[int, ...], layer: int, hidden: int) -> slice:
-    """Where the states before a layer stand among the features."""
-    start = taps.index(layer) * hidden
-    return slice(start, start + hidden)
+def _tap(features: Tensor, taps: tuple[int, ...], layer: int, x: Tensor) -> None:
+    """Copy the states before a layer to where its taps stand among the features; a tap may be asked for twice."""
+    hidden = x.shape[-1]
+    for place, tap in enumerate(taps):
+        if tap == layer:
+            features[..., place * hidden : (place + 1) * hidden] = x
