@@ -34,7 +34,11 @@ from specdec.tree import chain
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 PREFIX = 256  # committed tokens while measuring
-REPEATS = 7
+LEAST, MOST, ENOUGH_MS = (
+    2,
+    24,
+    400.0,
+)  # runs of a cell: at least, at most, and after how many milliseconds no more
 REPLAYS = 8  # of a recorded work in a row
 MOST_ROWS = 256  # batch x nodes beyond which a cell is left to extrapolation
 WIDTH = 8
@@ -86,22 +90,26 @@ def _least_ms(
 ) -> dict[tuple[int, int], float]:
     """The fastest of several runs each: what else the machine does only ever adds, and prices must not follow it.
 
+    The works take turns, so that a busy moment falls on all of them; short ones take more turns, because decisions
+    hang on them most often, and a long one cannot be measured much in seconds.
+
     Args:
         in_a_row: calls of a run before it waits for the device. Rounds that are launched ahead never wait, and waiting
             takes as long for a token as for a tree: timed with it, a token would look too dear.
-
-    The works take turns, so that a busy moment falls on all of them.
     """
-    least = dict.fromkeys(works, math.inf)
-    for turn in range(REPEATS + 1):
+    least, spent = dict.fromkeys(works, math.inf), dict.fromkeys(works, 0.0)
+    for turn in range(MOST + 1):
         for name, work in works.items():
+            if turn > LEAST and spent[name] > ENOUGH_MS:
+                continue
             start = time.perf_counter()
             for _ in range(in_a_row):
                 work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            taken = (time.perf_counter() - start) * 1e3
             if turn:  # the first turn warms up
-                least[name] = min(least[name], (time.perf_counter() - start) * 1e3 / in_a_row)
+                least[name], spent[name] = min(least[name], taken / in_a_row), spent[name] + taken
     return least
 
 
@@ -199,5 +207,6 @@ def _key(target: Target, drafter: Drafter, cache: KVCache, recorded: bool) -> st
         str(head),
         *(["recorded"] if recorded else []),
         why_not() or "C kernels",
+        (LEAST, MOST, ENOUGH_MS),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -71,7 +71,7 @@ def test_an_engine_with_a_recording_measures_whole_sizes(
     monkeypatch.setattr(build, "_load_head", lambda *_: None)
     monkeypatch.setattr(build, "make_drafter", lambda *_: drafter)
     monkeypatch.setattr(build, "CPU_LIMIT", Shape(3, 4, 8))
-    monkeypatch.setattr(costs, "REPEATS", 1)
+    monkeypatch.setattr(costs, "MOST", 1)
     recording = Replaying()
     machine = build.make_engine(target, "head", Options(slots=2, max_length=96), recording)
     assert machine.pipeline is not None
