@@ -18,6 +18,8 @@ from specdec.tree import DraftTree
 DECAY = 0.95  # of the running rate of speculation: about the last twenty rounds
 TRIAL = 12  # rounds before speculation may be judged
 SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
+NEW_PAUSE = 4  # of them at most before a request that runs alone is tried: another text, another chance
+LOSS = 0.98  # of plain decoding's rate that speculation must earn; looking in vain for lookups costs nothing
 FEW_NODES = 16  # nodes over which the price of a single one is averaged
 LEAST_TRUST = (
     0.25  # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
@@ -168,6 +170,11 @@ class Budget:
             next_level=worth * level,
         )
 
+    def welcome(self, running: int) -> None:
+        """A request joins `running` others. What was learned of the last text alone says little of this one."""
+        if running == 0 and 1 in self.trials:
+            self.trials[1].paused = min(self.trials[1].paused, NEW_PAUSE)
+
     def _size(self, batch: int, trial: _Trial) -> Shape:
         """The whole size that would have earned most lately.
 
@@ -211,7 +218,7 @@ class Budget:
         trial.note(emitted, spent, promised, emitted - batch, batch * math.log2(nodes) if nodes > 1 else 1.0)
         if trial.rounds < TRIAL:
             return
-        if trial.tokens / trial.ms < batch / self.costs.verify_ms(batch, 1):
+        if trial.tokens / trial.ms < LOSS * batch / self.costs.verify_ms(batch, 1):
             self.trials[_bucket(batch)] = _Trial(
                 paused=trial.pause, pause=min(2 * trial.pause, LONGEST_PAUSE)
             )

@@ -99,6 +99,7 @@ class Engine:
         while self.waiting and len(self.active) < self.limits.slots:
             request = self._next()
             free = [slot for slot in range(self.limits.slots) if slot not in self.active]
+            self.budget.welcome(len(self.active))
             self.prefill.place(request, free)
             self.active[request.slot] = request
 

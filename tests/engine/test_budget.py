@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec.drafting.protocol import PLAIN, Shape
-from specdec.engine.budget import LONGEST_PAUSE, SHORTEST_PAUSE, TRIAL, Budget, CostTable
+from specdec.engine.budget import LONGEST_PAUSE, NEW_PAUSE, SHORTEST_PAUSE, TRIAL, Budget, CostTable
 from specdec.tree import DraftTree, chain
 
 TABLE = CostTable({1: {1: 10.0, 4: 16.0, 8: 20.0}, 4: {1: 20.0, 4: 40.0}}, {1: 2.0, 4: 4.0}, {1: 3.0, 4: 5.0})
@@ -121,6 +121,25 @@ def test_speculation_that_pays_goes_on_and_batch_sizes_are_judged_apart() -> Non
     for _ in range(TRIAL):
         budget.note(LIMIT, _tree(8, batch=4), emitted=4)
     assert PLAIN in (budget.shape(4), budget.shape(3))
+    assert budget.shape(1) != PLAIN
+
+
+def test_a_request_that_runs_alone_is_soon_tried_again() -> None:
+    budget = Budget(TABLE, LIMIT)
+    for _ in range(TRIAL):
+        budget.note(LIMIT, _tree(8), emitted=1)
+        budget.note(LIMIT, _tree(8, batch=4), emitted=4)
+    assert budget.trials[1].paused == budget.trials[4].paused == SHORTEST_PAUSE
+    budget.welcome(3)  # one of many changes little
+    assert budget.trials[1].paused == SHORTEST_PAUSE
+    budget.welcome(0)
+    assert budget.trials[1].paused == NEW_PAUSE and budget.trials[4].paused == SHORTEST_PAUSE
+
+
+def test_rounds_that_find_nothing_to_draft_are_no_loss() -> None:
+    budget = Budget(TABLE, LIMIT)
+    for _ in range(4 * TRIAL):
+        budget.note(LIMIT, _tree(1), emitted=1)
     assert budget.shape(1) != PLAIN
 
 
