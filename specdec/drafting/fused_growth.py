@@ -33,16 +33,8 @@ class FusedGrowth(Growth):
         scores = logits.new_empty((b, self.width), dtype=torch.float32)
         new_y = y.new_empty(b, self.width, y.shape[2])
         new = (tokens, scores, at, bits, new_y)
-        kernels.grow(
-            kernels.shares(logits.flatten(0, 1), self.width),
-            self.ids,
-            old,
-            y,
-            self.found,
-            new,
-            self.count,
-            self.rows_before,
-        )
+        found = kernels.shares(logits.flatten(0, 1), self.width)
+        kernels.grow(found, self.ids, old, y, self.found, new, self.count, self.rows_before)
         self.tokens, self.scores, self.at, self.bits = tokens, scores, at, bits
         self.count += rows * self.width
         self.depth += 1

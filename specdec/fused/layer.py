@@ -43,16 +43,9 @@ def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Te
     block = 1 << (width - 1).bit_length()
     warps = min(max(block // 512, 1), 8)
     _kernels().norm_kernel[(rows.numel() // width,)](
-        rows,
-        weight,
-        y,
-        width,
-        y.stride(-2) if y.dim() > 1 else width,
-        eps,
-        BLOCK=block,
-        num_warps=warps,
-        **launching(),
-    )
+        rows, weight, y, width, y.stride(-2) if y.dim() > 1 else width, eps,
+        BLOCK=block, num_warps=warps, **launching(),
+    )  # fmt: skip
     return y
 
 
@@ -90,6 +83,6 @@ def place(
     _kernels().place_kernel[(b * n, -(-count // PLACED))](
         heads, cos, sin, positions.contiguous(), keys, values, slots.contiguous(), indices.contiguous(), n,
         keys.stride(0), keys.stride(1), keys.stride(2), TURNED=count - kv_heads, QUERIES=count - 2 * kv_heads,
-        KV_HEADS=kv_heads, HALF=half, BLOCK_HEADS=PLACED, BLOCK_HALF=1 << (half - 1).bit_length(),
-        num_warps=2, **launching(),
+        KV_HEADS=kv_heads, HALF=half, BLOCK_HEADS=PLACED, BLOCK_HALF=1 << (half - 1).bit_length(), num_warps=2,
+        **launching(),
     )  # fmt: skip
