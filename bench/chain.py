@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from specdec.head.checkpoint import load_head
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 from specdec.target.bridge import cache_argument
 
 
@@ -50,7 +51,8 @@ class _Chain:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(self, heads: Heads, scale: float) -> Tensor:
+        query, key, value = heads.turned()
         self.keys.append(key)
         self.values.append(value)
         step, length = len(self.keys) - 1, key.shape[1]

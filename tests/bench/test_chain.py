@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from bench.chain import drafts_everywhere, rounds_of
 from specdec.head.config import HeadConfig
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 
 CONFIG = HeadConfig(
     hidden=16,
@@ -40,8 +41,8 @@ def one_at_a_time(
     """The chain from the last position: the whole prefix is read again for every draft."""
     g, text, drafted = head.fuse(features[None]), tokens[None], []
 
-    def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    def causal(heads: Heads, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in heads.turned())
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
