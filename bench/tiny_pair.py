@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bench.chain import features_of
 from specdec.head.config import HeadConfig
 from specdec.head.model import DraftHead
+from specdec.layers.heads import Heads
 
 LAYERS, HIDDEN, VOCAB, LENGTH = 8, 128, 512, 256
 TAPS = (2, 4, 5)  # inputs of layers 2, n / 2, n - 3
@@ -107,8 +108,8 @@ def _fresh_head(text: Tensor, theta: float) -> DraftHead:
     return head
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+def _causal(heads: Heads, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in heads.turned())
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
