@@ -34,11 +34,8 @@ from specdec.tree import chain
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 PREFIX = 256  # committed tokens while measuring
-LEAST, MOST, ENOUGH_MS = (
-    2,
-    24,
-    400.0,
-)  # runs of a cell: at least, at most, and after how many milliseconds no more
+LEAST, MOST = 2, 24  # runs of a cell
+ENOUGH_MS = 400.0  # spent on a cell, after which it is run no more
 REPLAYS = 8  # of a recorded work in a row
 MOST_ROWS = 256  # batch x nodes beyond which a cell is left to extrapolation
 WIDTH = 8

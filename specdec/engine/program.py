@@ -145,16 +145,8 @@ class Program:
             found = (verdict.kept, verdict.counts, verdict.tokens, verdict.offered)
             standing = (s.roots, s.lengths, waiting)
             return settle(
-                found,
-                tree.sizes,
-                tree.scores,
-                peaks,
-                seats.slots,
-                standing,
-                seats.report,
-                seats.promised,
-                TOKENS,
-            )
+                found, tree.sizes, tree.scores, peaks, seats.slots, standing, seats.report, seats.promised, TOKENS
+            )  # fmt: skip
         for held in (s.lengths, waiting):
             if held is not None:
                 held[seats.slots] = held[seats.slots] + verdict.counts

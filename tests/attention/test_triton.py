@@ -7,7 +7,6 @@ reads that variable when it is imported, so the tests start it once in a process
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import tell, told
 from torch import Tensor
 
 from specdec.attention import triton
@@ -167,44 +167,19 @@ def split_reference(case: Case, x: Inputs, splits: int, keys: int) -> Tensor:
     return out
 
 
-NUMPY_TROUBLE = "only 0-dimensional arrays"  # what the interpreter of triton 3.6 says under numpy >= 2.4
-
-
-@functools.cache
-def interpreted() -> dict[str, float | str]:
-    """Largest error of each case, computed by this file as a program in the interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    errors: dict[str, float | str] = json.loads(done.stdout)
-    return errors
+def error_of(case: Case) -> float:
+    """The largest one."""
+    inputs = make(case)
+    return (run(case, inputs).double() - oracle(case, inputs)).abs().max().item()
 
 
 def main() -> None:
-    errors: dict[str, float | str] = {}
-    for name, case in CASES.items():
-        inputs = make(case)
-        try:
-            errors[name] = (run(case, inputs).double() - oracle(case, inputs)).abs().max().item()
-        except Exception as error:
-            if NUMPY_TROUBLE not in str(error):
-                raise
-            errors[name] = NUMPY_TROUBLE
-    sys.stdout.write(json.dumps(errors))
+    tell({name: functools.partial(error_of, case) for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_float64(name: str) -> None:
-    pytest.importorskip("triton")
-    error = interpreted()[name]
-    if isinstance(error, str):
-        pytest.skip(f"this triton's interpreter does not work with this numpy: {error}")
+    error = told(__file__, name)
     assert error < (2e-3 if CASES[name].half else 3e-6)
 
 

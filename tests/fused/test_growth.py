@@ -7,7 +7,6 @@ JSON; triton reads that variable when it is imported, so the tests start it once
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from host_reads import HostReads
+from interpreted import tell, told
 from tiny_head import HIDDEN, Embed, tiny_head
 from torch import Tensor
 
@@ -181,9 +181,6 @@ def checks(device: str) -> dict[str, Callable[[], list[str]]]:
     return grown | walked | {"sick logits": lambda: sick(device), "proposals": lambda: proposals(device)}
 
 
-NUMPY_TROUBLE = "only 0-dimensional arrays"  # what the interpreter of triton 3.6 says under numpy >= 2.4
-
-
 def run(name: str, device: str) -> list[str]:
     """The differences of one check, in the shares of its case."""
     case = GROWN.get(name.removeprefix("grow: "))
@@ -193,37 +190,14 @@ def run(name: str, device: str) -> list[str]:
         return checks(device)[name]()
 
 
-@functools.cache
-def interpreted() -> dict[str, list[str]]:
-    """What differs in each check, computed by this file as a program in the interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(done.stdout)
-    return found
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    found: dict[str, list[str]] = {}
-    for name in checks("cpu"):
-        try:
-            found[name] = run(name, "cpu")
-        except Exception as error:
-            if NUMPY_TROUBLE not in str(error):
-                raise
-            found[name] = [NUMPY_TROUBLE]
-    sys.stdout.write(json.dumps(found))
+    tell({name: functools.partial(run, name, "cpu") for name in checks("cpu")})
 
 
 @pytest.mark.parametrize("name", checks("cpu"))
 def test_interpreted_kernels_do_what_torch_does(name: str) -> None:
-    pytest.importorskip("triton")
-    wrong = interpreted()[name]
-    if wrong == [NUMPY_TROUBLE]:
-        pytest.skip("this triton's interpreter does not work with this numpy")
-    assert wrong == []
+    assert told(__file__, name) == []
 
 
 @pytest.mark.gpu

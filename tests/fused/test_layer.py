@@ -6,8 +6,6 @@ tests/attention/test_triton.py does.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 import subprocess
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import tell, told
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,37 +117,15 @@ CASES: dict[str, Callable[[], float]] = {
     "product, half": lambda: product_case(576, 30, HALF, "norm", plus=True, cut=(2, 1024, 4)),
 }
 NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs")
-NUMPY_TROUBLE = "only 0-dimensional arrays"  # what the interpreter of triton 3.6 says under numpy >= 2.4
 
 
 def main() -> None:
-    errors: dict[str, float | str] = {}
-    for name, case in CASES.items():
-        try:
-            errors[name] = case()
-        except Exception as error:
-            if NUMPY_TROUBLE not in str(error):
-                raise
-            errors[name] = NUMPY_TROUBLE
-    sys.stdout.write(json.dumps(errors))
-
-
-@functools.cache
-def interpreted() -> dict[str, float | str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors: dict[str, float | str] = json.loads(done.stdout)
-    return errors
+    tell(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_torch(name: str) -> None:
-    pytest.importorskip("triton")
-    error = interpreted()[name]
-    if isinstance(error, str):
-        pytest.skip(f"this triton's interpreter does not work with this numpy: {error}")
+    error = told(__file__, name)
     assert error < ULPS[HALF if "half" in name or "SmolLM2's" in name else F32] * (1 if "half" in name else 2)
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from interpreted import tell, told
 from torch import Tensor
 
 from specdec import tree as trees
@@ -141,38 +138,15 @@ CASES: dict[str, Callable[[str], bool]] = {
     "largest, several shares": lambda device: largest_entries(9000, device),
     "standings without a head": lambda device: settled(2, 1, False, False, device),
 }
-NUMPY_TROUBLE = "only 0-dimensional arrays"  # what the interpreter of triton 3.6 says under numpy >= 2.4
 
 
 def main() -> None:
-    found: dict[str, bool | str] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = case("cpu")
-        except Exception as error:
-            if NUMPY_TROUBLE not in str(error):
-                raise
-            found[name] = NUMPY_TROUBLE
-    sys.stdout.write(json.dumps(found))
-
-
-@functools.cache
-def interpreted() -> dict[str, bool | str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, bool | str] = json.loads(done.stdout)
-    return found
+    tell({name: functools.partial(case, "cpu") for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_do_what_torch_does(name: str) -> None:
-    pytest.importorskip("triton")
-    found = interpreted()[name]
-    if isinstance(found, str):
-        pytest.skip(f"this triton's interpreter does not work with this numpy: {found}")
-    assert found
+    assert told(__file__, name)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,6 @@ that chose it, and it is a control that a known source cannot be told apart from
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import engines
 import pytest
 import torch
@@ -100,11 +98,3 @@ def test_what_the_text_does_not_hold_is_a_bug(
     brief = finals(target, *text, (2,))[2].brief(head_of(target), None)
     with pytest.raises(AssertionError, match="does not hold"):
         brief.log_probs(torch.tensor([[59]]))
-
-
-def test_the_report_finds_its_states_again(tmp_path: Path) -> None:
-    from specdec.surplus.rows import load_tensors, save_tensors
-
-    save_tensors(tmp_path / "briefs.safetensors", {"2.keys": torch.arange(3)}, {"text": "a"})
-    kept = load_tensors(tmp_path / "briefs.safetensors")
-    assert kept is not None and kept[1] == {"text": "a"}
