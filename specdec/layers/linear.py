@@ -1,9 +1,8 @@
 """A bias-optional projection that can be packed for CPU decoding.
 
 Decoding multiplies a few rows by a large matrix. Through `F.linear` that product is re-laid at every call, or runs far
-under the memory's speed; packed once, it does neither. Our own kernels come first (native/). Without a compiler, and
-for bfloat16 on processors that multiply it in hardware, it is oneDNN's packed product, the one inductor uses when it
-freezes a graph. Training and CUDA use the plain weight.
+under the memory's speed; packed once, it does neither. Our own kernels come first (native/). Without a compiler it is
+oneDNN's packed product, the one inductor uses when it freezes a graph. Training and CUDA use the plain weight.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def packing_of(weight: Tensor) -> Packing | None:
         return None
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     in_hardware = multiplies_bfloat16(weight.device)
-    if native.can_multiply(weight) and not (weight.dtype == torch.bfloat16 and in_hardware):
+    if native.can_multiply(weight) and (weight.dtype == torch.float32 or native.tiles_kind() or not in_hardware):
         return "native"
     if weight.dtype == torch.bfloat16:
         return "onednn" if in_hardware else None
@@ -102,7 +101,9 @@ class Projection(nn.Module):
         if self.packed is None:
             return self.weight.detach()
         return (
-            native.unpack(self.packed, self.outputs) if self.packing == "native" else self.packed.to_dense()
+            native.unpack(self.packed, self.outputs, self.inputs)
+            if self.packing == "native"
+            else self.packed.to_dense()
         )
 
     def forward(

@@ -22,7 +22,7 @@ import torch
 from specdec.places import cache_root
 
 SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
-SOURCES = ("linear.c", "attention.c", "elementwise.c")
+SOURCES = ("linear.c", "tiles.c", "attention.c", "elementwise.c")
 HEADERS = ("vectors.h", "exponential.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
 FLAGS = (
@@ -105,6 +105,10 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, whole, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     loaded.specdec_linear.argtypes = [pointer] * 4 + [whole] * 3 + [small] * 3
     loaded.specdec_linear.restype = small
+    loaded.specdec_tiles_kind.argtypes = []
+    loaded.specdec_tiles_kind.restype = small
+    loaded.specdec_tiles.argtypes = [pointer] * 4 + [whole] * 3 + [small] * 2
+    loaded.specdec_tiles.restype = None
     loaded.specdec_attention.argtypes = [pointer]
     loaded.specdec_attention.restype = small
     loaded.specdec_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float, small]

@@ -9,15 +9,23 @@ from specdec.native.library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 DTYPES = (torch.float32, torch.bfloat16)
+KINDS = range(native.tiles_kind() + 1)  # whatever multiplies bfloat16 here, and what a lesser processor does
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply bfloat16 in one of the ways."""
+    monkeypatch.setattr(native, "tiles_kind", lambda: request.param)
 
 
 def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (50, 33), (1, 7), (160, 96)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13, 16, 30, 100])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (50, 33), (1, 7), (160, 96), (530, 2080)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13, 16, 17, 30, 32, 49, 100])
 def test_products_are_right(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x, w, bias = (
         _random(*s, dtype=dtype, seed=i)
@@ -30,19 +38,19 @@ def test_products_are_right(rows: int, outputs: int, inputs: int, dtype: torch.d
     assert ((got.double() - wanted).abs() <= rounding * wanted.abs() + inputs * 1e-6).all()
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    x, packed = _random(100, 96, dtype=dtype), native.pack(_random(80, 96, dtype=dtype, seed=1))
-    alone = torch.cat([native.linear(x[i : i + 1], packed, 80) for i in range(100)])
-    for rows in (2, 4, 6, 11, 16, 24, 49, 100):
-        assert torch.equal(native.linear(x[:rows], packed, 80), alone[:rows]), rows
+    x, packed = _random(100, 96, dtype=dtype), native.pack(_random(112, 96, dtype=dtype, seed=1))
+    alone = torch.cat([native.linear(x[i : i + 1], packed, 112) for i in range(100)])
+    for rows in (2, 4, 6, 11, 16, 17, 24, 32, 49, 100):
+        assert torch.equal(native.linear(x[:rows], packed, 112), alone[:rows]), rows
 
 
-def test_threads_change_nothing() -> None:
-    x, packed = (
-        _random(7, 64, dtype=torch.float32),
-        native.pack(_random(200, 64, dtype=torch.float32, seed=1)),
-    )
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    x, packed = _random(7, 64, dtype=dtype), native.pack(_random(200, 64, dtype=dtype, seed=1))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -53,6 +61,7 @@ def test_threads_change_nothing() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
     x = torch.ones(3, 32, dtype=dtype)
@@ -69,10 +78,12 @@ def test_bfloat16_rounds_as_torch_does() -> None:
     assert torch.equal(y[0], exact.bfloat16())
 
 
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [16, 17, 31])
-def test_packing_can_be_undone(outputs: int) -> None:
-    weight = _random(outputs, 24, dtype=torch.float32)
-    assert torch.equal(native.unpack(native.pack(weight), outputs), weight)
+def test_packing_can_be_undone(outputs: int, dtype: torch.dtype) -> None:
+    weight = _random(outputs, 24, dtype=dtype)
+    assert torch.equal(native.unpack(native.pack(weight), outputs, 24), weight)
 
 
 def test_a_packed_projection_keeps_its_weight_and_its_result() -> None:

@@ -1,0 +1,213 @@
+/* y = x W^T + b in bfloat16 on processors that multiply it: by tiles (AMX), or by pairs in a vector (AVX-512 BF16).
+ *
+ * A panel holds its weights in blocks of 32 inputs: sixteen pairs of neighbouring inputs, each pair's weights for sixteen
+ * outputs side by side. That is a tile as AMX reads it, and sixteen vectors of pairs. Sums are float32 and run over the
+ * blocks in order, whatever the number of rows: a row's result does not depend on its neighbours.
+ */
+#define _GNU_SOURCE
+#include <omp.h>
+
+#include "vectors.h"
+
+#define PAIRS 16           /* of inputs in a block */
+#define BLOCK (2 * PAIRS)  /* inputs of a block */
+#define TILE_BYTES 1024    /* of a block of one panel */
+#define NEAR (1024 * 1024) /* weights that stay near while all rows meet them */
+
+typedef struct {
+    const uint16_t *x; /* [rows, blocks, 32] */
+    const char *w;     /* [panels, blocks, 16, 16, 2] */
+    const float *bias; /* [panels * 16] or NULL */
+    uint16_t *y;       /* [rows, outputs] */
+    long rows, blocks, outputs;
+} Product;
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
+/* Sixteen sums of one row, with the bias, and only as far as there are outputs. */
+INLINE void put(const Product *p, long row, long panel, floats y) {
+    const long out = panel * PANEL;
+    if (p->bias) y += *(const floats *)(p->bias + out);
+    if (out + PANEL <= p->outputs) {
+        store(p->y, row * p->outputs + out, BFLOAT16, y);
+    } else {
+        uint16_t last[PANEL];
+        store(last, 0, BFLOAT16, y);
+        memcpy(p->y + row * p->outputs + out, last, (size_t)(p->outputs - out) * sizeof *last);
+    }
+}
+
+/* `rows` rows by `panels` panels; the counts are constants once inlined. */
+INLINE void block(const Product *p, long row, long panel, const int rows, const int panels) {
+    __m512 total[ROWS];
+    const char *w = p->w + panel * p->blocks * TILE_BYTES;
+    UNROLL for (int i = 0; i < rows * panels; i++) total[i] = _mm512_setzero_ps();
+    for (long k = 0; k < p->blocks * PAIRS; k++) {
+        __m512bh weights[ROWS];
+        UNROLL for (int i = 0; i < panels; i++)
+            weights[i] = (__m512bh)_mm512_loadu_si512(w + i * p->blocks * TILE_BYTES + k * 64);
+        UNROLL for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, p->x + (row + r) * p->blocks * BLOCK + 2 * k, sizeof pair);
+            __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            UNROLL for (int i = 0; i < panels; i++)
+                total[r * panels + i] = _mm512_dpbf16_ps(total[r * panels + i], weights[i], x);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        UNROLL for (int i = 0; i < panels; i++) put(p, row + r, panel + i, (floats)total[r * panels + i]);
+    }
+}
+
+/* A single row takes several panels at once, several rows share each panel. */
+static void by_pairs(const Product *p, long panel, long last) {
+    if (p->rows == 1)
+        for (; panel + ROWS / 2 <= last; panel += ROWS / 2) block(p, 0, panel, 1, ROWS / 2);
+    for (; panel < last; panel++) {
+#define UNDER(row, many) block(p, row, panel, many, 1)
+        IN_ROWS(p->rows, UNDER);
+#undef UNDER
+    }
+}
+#endif
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define REQUEST 0x1023 /* arch_prctl: leave to use a state component; the kernel then keeps room for it */
+#define TILE_DATA 18
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} Config;
+
+/* Sums 0 to 3, rows of x 4 and 5, weights 6 and 7; `high` and `low` rows in the upper and lower half of a strip. */
+static void configure(long high, long low) {
+    Config config = {.palette = 1};
+    const long rows[8] = {high, low ? low : high, high, low ? low : high, high, low ? low : high, PAIRS, PAIRS};
+    for (int i = 0; i < 8; i++) config.rows[i] = (uint8_t)rows[i], config.bytes[i] = 64;
+    _tile_loadconfig(&config);
+}
+
+/* What a tile of sums holds. */
+#define STORE(tile, first, many, panel)                                                                                \
+    do {                                                                                                               \
+        float sums[PAIRS * PANEL] __attribute__((aligned(64)));                                                        \
+        _tile_stored(tile, sums, 64);                                                                                  \
+        for (long r = 0; r < (many); r++) put(p, (first) + r, panel, *(floats *)(sums + r * PANEL));                   \
+    } while (0)
+
+/* At most sixteen rows: four panels share what is read of x. */
+static void short_strip(const Product *p, long row, long rows, long panel, long last) {
+    const long step = p->blocks * TILE_BYTES, wide = p->blocks * BLOCK * 2;
+    const char *x = (const char *)p->x + row * wide, *w = p->w + panel * step;
+    for (; panel + 4 <= last; panel += 4, w += 4 * step) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (long k = 0; k < p->blocks; k++) {
+            _tile_loadd(4, x + k * 64, wide);
+            _tile_loadd(6, w + k * TILE_BYTES, 64); _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w + step + k * TILE_BYTES, 64); _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(6, w + 2 * step + k * TILE_BYTES, 64); _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, w + 3 * step + k * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7);
+        }
+        STORE(0, row, rows, panel);
+        STORE(1, row, rows, panel + 1);
+        STORE(2, row, rows, panel + 2);
+        STORE(3, row, rows, panel + 3);
+    }
+    for (; panel < last; panel++, w += step) {
+        _tile_zero(0);
+        for (long k = 0; k < p->blocks; k++) {
+            _tile_loadd(4, x + k * 64, wide);
+            _tile_loadd(6, w + k * TILE_BYTES, 64); _tile_dpbf16ps(0, 4, 6);
+        }
+        STORE(0, row, rows, panel);
+    }
+}
+
+/* 17 to 32 rows, by two panels. */
+static void long_strip(const Product *p, long row, long low, long panel, long last) {
+    const long step = p->blocks * TILE_BYTES, wide = p->blocks * BLOCK * 2;
+    const char *x = (const char *)p->x + row * wide, *below = x + PAIRS * wide, *w = p->w + panel * step;
+    for (; panel + 2 <= last; panel += 2, w += 2 * step) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (long k = 0; k < p->blocks; k++) {
+            _tile_loadd(4, x + k * 64, wide); _tile_loadd(5, below + k * 64, wide);
+            _tile_loadd(6, w + k * TILE_BYTES, 64); _tile_loadd(7, w + step + k * TILE_BYTES, 64);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
+            _tile_dpbf16ps(2, 4, 7); _tile_dpbf16ps(3, 5, 7);
+        }
+        STORE(0, row, PAIRS, panel);
+        STORE(1, row + PAIRS, low, panel);
+        STORE(2, row, PAIRS, panel + 1);
+        STORE(3, row + PAIRS, low, panel + 1);
+    }
+    for (; panel < last; panel++, w += step) {
+        _tile_zero(0); _tile_zero(1);
+        for (long k = 0; k < p->blocks; k++) {
+            _tile_loadd(4, x + k * 64, wide); _tile_loadd(5, below + k * 64, wide);
+            _tile_loadd(6, w + k * TILE_BYTES, 64);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
+        }
+        STORE(0, row, PAIRS, panel);
+        STORE(1, row + PAIRS, low, panel);
+    }
+}
+
+/* As many panels as stay near, under all strips of rows, and so on. */
+static void by_tiles(const Product *p, long first, long last) {
+    long many = NEAR / (p->blocks * TILE_BYTES) & ~3L;
+    if (many < 4 || p->rows <= 2 * PAIRS) many = last - first;
+    for (long panel = first; panel < last; panel += many) {
+        const long end = panel + many < last ? panel + many : last;
+        for (long row = 0; row < p->rows; row += 2 * PAIRS) {
+            const long left = p->rows - row < 2 * PAIRS ? p->rows - row : 2 * PAIRS;
+            if (left <= PAIRS) {
+                configure(left, 0);
+                short_strip(p, row, left, panel, end);
+            } else {
+                configure(PAIRS, left - PAIRS);
+                long_strip(p, row, left - PAIRS, panel, end);
+            }
+        }
+    }
+    _tile_release();
+}
+
+static int tiles_allowed(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
+#else
+static int tiles_allowed(void) { return 0; }
+#endif
+
+/* 2 for tiles, 1 for pairs in a vector, 0 where bfloat16 is not multiplied. To be called before the first product. */
+int specdec_tiles_kind(void) {
+#if defined(__AVX512BF16__)
+    return tiles_allowed() ? 2 : 1;
+#else
+    return tiles_allowed() ? 0 : 0;
+#endif
+}
+
+/* Panels are dealt to threads in runs. kind: at most what `specdec_tiles_kind` gives, and not 0. */
+void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t *y, long rows, long blocks, long outputs,
+                   int kind, int threads) {
+    const long panels = (outputs + PANEL - 1) / PANEL;
+    const Product p = {x, w, bias, y, rows, blocks, outputs};
+#pragma omp parallel num_threads(threads)
+    {
+        long mine = omp_get_thread_num(), of = omp_get_num_threads();
+        long first = panels * mine / of, last = panels * (mine + 1) / of;
+#if defined(__AMX_BF16__) && defined(__linux__)
+        if (kind == 2) by_tiles(&p, first, last);
+#endif
+#if defined(__AVX512BF16__)
+        if (kind == 1) by_pairs(&p, first, last);
+#endif
+        (void)first, (void)last;
+    }
+    (void)p, (void)kind;
+}
