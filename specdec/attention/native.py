@@ -8,7 +8,6 @@ Dimension legend: B requests, N rows, H heads, D head size.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,30 +15,9 @@ from torch import Tensor
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
+from specdec.native.calls import AttentionCall, AttentionPlan
 from specdec.native.library import library, why_not
 from specdec.native.linear import DTYPES, PANEL
-
-
-class _Call(ctypes.Structure):
-    """`Attention` of attention.c, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "slots", "lengths", "ancestors",
-                                               "positions", "tree")),
-        *((name, ctypes.c_long) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "slot_step",
-                                             "query_step", "request_step", "tree_rows", "offset", "window")),
-        ("scale", ctypes.c_float),
-        ("type", ctypes.c_int),
-        ("threads", ctypes.c_int),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What all layers share; the tensors live as long as their addresses are used."""
-
-    call: _Call
-    tensors: tuple[Tensor, ...]
 
 
 class NativeAttention:
@@ -47,7 +25,7 @@ class NativeAttention:
 
     name = "native"
 
-    def plan(self, rows: Rows, cache: KVCache, window: int | None) -> _Plan:
+    def plan(self, rows: Rows, cache: KVCache, window: int | None) -> AttentionPlan:
         """Raises UnsupportedError for shapes, dtypes and devices without a kernel."""
         shape = cache.shape
         if library() is None:
@@ -61,7 +39,7 @@ class NativeAttention:
         ), "a window needs all tree positions"
         tensors = [x.to(torch.int64).contiguous() for x in (rows.slots, rows.lengths, rows.positions, tree)]
         b, n = rows.positions.shape
-        call = _Call(
+        call = AttentionCall(
             slots=tensors[0].data_ptr(), lengths=tensors[1].data_ptr(), positions=tensors[2].data_ptr(),
             tree=tensors[3].data_ptr(), batch=b, rows=n, kv_heads=shape.kv_heads, size=shape.head_dim,
             capacity=cache.length, slot_step=shape.kv_heads * cache.length * shape.head_dim,
@@ -71,14 +49,14 @@ class NativeAttention:
         if rows.ancestors is not None:
             tensors.append(rows.ancestors.contiguous())
             call.ancestors = tensors[-1].data_ptr()
-        return _Plan(call, tuple(tensors))
+        return AttentionPlan(call, tuple(tensors))
 
     def attend(
         self,
         query: Tensor,
         cache: KVCache,
         layer: int,
-        plan: _Plan,
+        plan: AttentionPlan,
         scale: float,
         softcap: float | None = None,
     ) -> Tensor:

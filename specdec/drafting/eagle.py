@@ -27,6 +27,7 @@ from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
 from specdec.layers.heads import Heads
 from specdec.layers.linear import spare_rows
+from specdec.layers.whole import Kept
 from specdec.sampling import draw, spread
 from specdec.tree import MAX_NODES, DraftTree
 
@@ -154,13 +155,16 @@ class EagleDrafter:
     def forward(self, tokens: Tensor, g: Tensor, rows: Rows) -> Tensor:
         """The head over tokens int64 [B, n] and their fused or fed-back g [B, n, H]; y [B, n, H]."""
         plan = self.attention.plan(rows, self.cache, self.head.config.window)
+        embedded, angles = self.embed(tokens).to(g.dtype), self.head.angles(rows.positions)
+        kept, whole = Kept(self.cache, 0, rows.index, plan), self.head.whole
+        if whole is not None and whole.takes(g, kept):
+            return whole.run(g, angles, kept, embedded)
 
         def attend(heads: Heads, scale: float) -> Tensor:
             query = heads.store(self.cache, 0, rows.index)
             return self.attention.attend(query, self.cache, 0, plan, scale)
 
-        embedded = self.embed(tokens).to(g.dtype)
-        return self.head(embedded, g, self.head.angles(rows.positions), attend)  # type: ignore[no-any-return]
+        return self.head(embedded, g, angles, attend)  # type: ignore[no-any-return]
 
     def extend(self, context: Context) -> Tensor:
         """Read all pending pairs; returns the head's output at each request's last row [B, H]."""

@@ -65,7 +65,9 @@ def packing_of(weight: Tensor) -> Packing | None:
         return None
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     in_hardware = multiplies_bfloat16(weight.device)
-    if native.can_multiply(weight) and (weight.dtype == torch.float32 or native.tiles_kind() or not in_hardware):
+    if native.can_multiply(weight) and (
+        weight.dtype == torch.float32 or native.tiles_kind() or not in_hardware
+    ):
         return "native"
     if weight.dtype == torch.bfloat16:
         return "onednn" if in_hardware else None

@@ -7,23 +7,10 @@
 #include <omp.h>
 
 #include "exponential.h"
+#include "kernels.h"
 
 #define MOST_ROWS 24 /* packed query rows of one piece of work */
 #define TILE 64      /* keys that stay near while all rows of a piece meet them */
-
-typedef struct {
-    const void *query;        /* rows of [heads, size]; `query_step` elements from row to row */
-    const void *keys, *values; /* [kv_heads, capacity, size] of the layer's slot 0 */
-    void *out;                /* [batch, rows, heads, size] */
-    const int64_t *slots;     /* [batch] */
-    const int64_t *lengths;   /* [batch] committed keys */
-    const int64_t *ancestors; /* [batch, rows] words over tree rows, or NULL: causal */
-    const int64_t *positions; /* [batch, rows], and */
-    const int64_t *tree;      /* [batch, tree_rows] positions of stored tree rows; read when there is a window */
-    long batch, rows, heads, kv_heads, size, capacity, slot_step, query_step, request_step, tree_rows, offset, window;
-    float scale;
-    int type, threads;
-} Attention;
 
 /* Rows first..last of a cache as float32 [TILE, size]. */
 INLINE void stage(const void *from, int type, long size, long first, long last, float *tile) {

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "exponential.h"
+#include "kernels.h"
 
 INLINE floats rounded(floats x, int type) {
     if (type == FLOAT32) return x;
@@ -54,16 +55,6 @@ void specdec_gate(const void *x, void *y, long rows, long width, int type, int t
         else gate(x, y, FLOAT32, r, width);
     }
 }
-
-typedef struct {
-    void *heads;              /* [batch, rows, heads + 2 * kv_heads, size]: queries and keys are turned in place */
-    const void *cos, *sin;    /* [batch, rows, size]; the sine of the first half carries the minus */
-    void *keys, *values;      /* [slots, kv_heads, capacity, size] */
-    const int64_t *slots;     /* [batch] */
-    const int64_t *indices;   /* [batch, rows] where each row is stored */
-    long batch, rows, heads_count, kv_heads, size, capacity;
-    int type;
-} Placing;
 
 INLINE void turn(void *x, long at, const void *cos, const void *sin, long angle, long size, int type) {
     const long half = size / 2;

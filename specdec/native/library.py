@@ -22,8 +22,8 @@ import torch
 from specdec.places import cache_root
 
 SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
-SOURCES = ("linear.c", "tiles.c", "attention.c", "elementwise.c")
-HEADERS = ("vectors.h", "exponential.h")
+SOURCES = ("linear.c", "tiles.c", "attention.c", "elementwise.c", "layer.c")
+HEADERS = ("vectors.h", "exponential.h", "kernels.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
 FLAGS = (
     "-O3",
@@ -117,4 +117,6 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_gate.restype = None
     loaded.specdec_place.argtypes = [pointer]
     loaded.specdec_place.restype = None
+    loaded.specdec_layer.argtypes = [pointer]
+    loaded.specdec_layer.restype = small
     return loaded

@@ -5,6 +5,7 @@
  */
 #include <omp.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #define MANY 24 /* rows from which widening a panel first costs less than widening it for every few rows */

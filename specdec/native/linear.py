@@ -54,7 +54,7 @@ def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-    """x [M, K] times packed weights, plus a bias [O] -> [M, O] in x's dtype, which is the weights' where they are tiles.
+    """x [M, K] times packed weights, plus a bias [O] -> [M, O] in x's dtype; that of the weights where they are tiles.
 
     Raises:
         MemoryError: when there is none for a panel.
@@ -65,7 +65,9 @@ def linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) 
     added = None if bias is None else F.pad(bias.float(), (0, len(packed) * PANEL - outputs))
     if packed.ndim == 5:
         blocks = packed.shape[1]
-        assert x.dtype == torch.bfloat16 and -(-x.shape[1] // (2 * PAIRS)) == blocks, "packed for other inputs"
+        assert x.dtype == torch.bfloat16 and -(-x.shape[1] // (2 * PAIRS)) == blocks, (
+            "packed for other inputs"
+        )
         x = F.pad(x, (0, blocks * 2 * PAIRS - x.shape[1])).contiguous()
         kernels.specdec_tiles(
             x.data_ptr(), packed.data_ptr(), None if added is None else added.data_ptr(), y.data_ptr(), x.shape[0],

@@ -10,20 +10,11 @@ import ctypes
 
 from torch import Tensor
 
+from specdec.native.calls import PlacingCall
 from specdec.native.elementwise import applies
 from specdec.native.library import library
 
 HALF = 16  # what half a head must divide by: the widest vector
-
-
-class _Call(ctypes.Structure):
-    """`Placing` of elementwise.c, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("heads", "cos", "sin", "keys", "values", "slots", "indices")),
-        *((name, ctypes.c_long) for name in ("batch", "rows", "heads_count", "kv_heads", "size", "capacity")),
-        ("type", ctypes.c_int),
-    )
 
 
 def can_place(x: Tensor, plane: Tensor) -> bool:
@@ -46,7 +37,7 @@ def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor,
     b, n, count, size = heads.shape
     kv_heads = plane.shape[2]
     cos, sin, slots, indices = (x.contiguous() for x in (cos, sin, slots, indices))
-    call = _Call(
+    call = PlacingCall(
         heads=heads.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(), keys=plane[0].data_ptr(),
         values=plane[1].data_ptr(), slots=slots.data_ptr(), indices=indices.data_ptr(), batch=b, rows=n,
         heads_count=count - 2 * kv_heads, kv_heads=kv_heads, size=size, capacity=plane.shape[3],

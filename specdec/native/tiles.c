@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <omp.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #define PAIRS 16           /* of inputs in a block */

@@ -23,6 +23,7 @@ from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import SCALINGS, Angles, Rope, frequencies
+from specdec.layers.whole import Kept, Parts, WholeLayer, whole
 from specdec.target.protocol import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -126,9 +127,21 @@ class Block(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
         self.scale = 1.0 / math.sqrt(c.head_dim)
+        self.whole: WholeLayer | None = None
+
+    def pack(self) -> None:
+        """Pack the projections for decoding, and the layer into one call where that can be."""
+        pack(self)
+        self.whole = whole(
+            Parts(self.input_norm, self.qkv, self.out, self.mlp_norm, self.gate_up, self.down, self.kv_heads,
+                  self.head_dim, self.scale, q_norm=self.q_norm, k_norm=self.k_norm)
+        )  # fmt: skip
 
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
         """x: [B, N, H] -> [B, N, H]; the memory of x may be overwritten."""
+        kept = Kept(step.cache, layer, step.rows.index, plan)
+        if self.whole is not None and self.whole.takes(x, kept):
+            return self.whole.run(x, step.angles, kept, reuse=True)
         heads = Heads(self._heads(x), self.kv_heads, step.angles)
         queries = heads.store(step.cache, layer, step.rows.index)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
@@ -187,6 +200,9 @@ class LeanDecoder(nn.Module):
     def freeze(self) -> None:
         """Ready for decoding: no gradients, projections packed where that helps."""
         self.requires_grad_(False)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.pack()
         pack(self)
 
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:

@@ -1,0 +1,64 @@
+"""What the C kernels are called with: the structures of kernels.h and layer.c, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_long
+
+
+class AttentionCall(ctypes.Structure):
+    """`Attention`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "keys", "values", "out", "slots", "lengths", "ancestors", "positions",
+                                        "tree")),
+        *((name, _WHOLE) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "slot_step",
+                                      "query_step", "request_step", "tree_rows", "offset", "window")),
+        ("scale", ctypes.c_float),
+        ("type", ctypes.c_int),
+        ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
+class PlacingCall(ctypes.Structure):
+    """`Placing`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("heads", "cos", "sin", "keys", "values", "slots", "indices")),
+        *((name, _WHOLE) for name in ("batch", "rows", "heads_count", "kv_heads", "size", "capacity")),
+        ("type", ctypes.c_int),
+    )
+
+
+class MatrixCall(ctypes.Structure):
+    """`Matrix`."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("inputs", _WHOLE), ("outputs", _WHOLE))
+
+
+class LayerCall(ctypes.Structure):
+    """`Layer`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "embedded", "y", "input_norm", "embedded_norm", "mlp_norm", "q_norm",
+                                        "k_norm")),
+        *((name, MatrixCall) for name in ("qkv", "out", "gate_up", "down")),
+        ("attention", AttentionCall),
+        ("placing", PlacingCall),
+        *((name, _WHOLE) for name in ("rows", "hidden", "intermediate")),
+        ("eps", ctypes.c_float),
+        ("type", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What the attention of all layers of one forward shares; the tensors live as long as their addresses are used."""
+
+    call: AttentionCall
+    tensors: tuple[Tensor, ...]

@@ -1,0 +1,40 @@
+/* What the kernels are called with, by each other and from Python. */
+#ifndef SPECDEC_KERNELS_H
+#define SPECDEC_KERNELS_H
+
+#include <stdint.h>
+
+typedef struct {
+    const void *query;        /* rows of [heads, size]; `query_step` elements from row to row */
+    const void *keys, *values; /* [kv_heads, capacity, size] of the layer's slot 0 */
+    void *out;                /* [batch, rows, heads, size] */
+    const int64_t *slots;     /* [batch] */
+    const int64_t *lengths;   /* [batch] committed keys */
+    const int64_t *ancestors; /* [batch, rows] words over tree rows, or NULL: causal */
+    const int64_t *positions; /* [batch, rows], and */
+    const int64_t *tree;      /* [batch, tree_rows] positions of stored tree rows; read when there is a window */
+    long batch, rows, heads, kv_heads, size, capacity, slot_step, query_step, request_step, tree_rows, offset, window;
+    float scale;
+    int type, threads;
+} Attention;
+
+typedef struct {
+    void *heads;              /* [batch, rows, heads + 2 * kv_heads, size]: queries and keys are turned in place */
+    const void *cos, *sin;    /* [batch, rows, size]; the sine of the first half carries the minus */
+    void *keys, *values;      /* [slots, kv_heads, capacity, size] */
+    const int64_t *slots;     /* [batch] */
+    const int64_t *indices;   /* [batch, rows] where each row is stored */
+    long batch, rows, heads_count, kv_heads, size, capacity;
+    int type;
+} Placing;
+
+int specdec_linear(const float *x, const void *w, const float *bias, void *y, long rows, long inputs, long outputs,
+                   int weight_type, int y_type, int threads);
+void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t *y, long rows, long blocks, long outputs,
+                   int kind, int threads);
+int specdec_attention(const Attention *a);
+void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type);
+void specdec_gate(const void *x, void *y, long rows, long width, int type, int threads);
+void specdec_place(const Placing *p);
+
+#endif
