@@ -17,7 +17,7 @@ from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
 from specdec.native.calls import AttentionCall, AttentionPlan
 from specdec.native.library import library, why_not
-from specdec.native.linear import DTYPES, PANEL
+from specdec.native.linear import AMX, DTYPES, PAIRS, PANEL, tiles_kind
 
 
 class NativeAttention:
@@ -45,6 +45,7 @@ class NativeAttention:
             capacity=cache.length, slot_step=shape.kv_heads * cache.length * shape.head_dim,
             tree_rows=tensors[3].shape[1], offset=rows.offset, window=window or 0,
             type=shape.dtype == torch.bfloat16, threads=torch.get_num_threads(),
+            tiles=shape.dtype == torch.bfloat16 and tiles_kind() == AMX and shape.head_dim % (2 * PAIRS) == 0,
         )  # fmt: skip
         if rows.ancestors is not None:
             tensors.append(rows.ancestors.contiguous())

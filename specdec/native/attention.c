@@ -8,8 +8,9 @@
 
 #include "exponential.h"
 #include "kernels.h"
+#include "visible.h"
 
-#define MOST_ROWS 24 /* packed query rows of one piece of work */
+#define MOST_ROWS 48 /* packed query rows of one piece of work */
 #define TILE 64      /* keys that stay near while all rows of a piece meet them */
 
 /* Rows first..last of a cache as float32 [TILE, size]. */
@@ -91,30 +92,6 @@ INLINE void add_up(const float *weights, long stride, long keys, const int rows,
     UNROLL for (int r = 0; r < rows; r++) sum[r] = total[r];
 }
 
-/* Keys that row `n` of request `b` may see at all: everything behind is hidden. */
-INLINE long end_of(const Attention *a, long b, long n) {
-    if (!a->ancestors) return a->lengths[b] + n + 1;
-    return a->lengths[b] + a->offset + a->rows;
-}
-
-/* Hide what row `n` must not see. */
-static void hide(const Attention *a, long b, long n, float *scores, long total) {
-    long length = a->lengths[b];
-    if (a->ancestors) {
-        uint64_t word = (uint64_t)a->ancestors[b * a->rows + n];
-        for (long j = length; j < total; j++)
-            if (j - length > 63 || !((word >> (j - length)) & 1)) scores[j] = -INFINITY;
-    } else {
-        for (long j = length + n + 1; j < total; j++) scores[j] = -INFINITY;
-    }
-    if (a->window <= 0) return;
-    long position = a->positions[b * a->rows + n];
-    for (long j = 0; j < total; j++) {
-        long at = j < length || !a->ancestors ? j : a->tree[b * a->tree_rows + j - length];
-        if (position - at >= a->window) scores[j] = -INFINITY;
-    }
-}
-
 /* Turn scores into weights in place; [count] is whole vectors, padded with -infinity. */
 static void soften(float *scores, long count, float scale) {
     floats top = (floats){0} - INFINITY;
@@ -158,7 +135,7 @@ static void piece(const Attention *a, int type, long b, long g, long first, long
     for (long i = 0; i < count; i++) {
         float *row = scores + i * stride;
         for (long j = total; j < stride; j++) row[j] = -INFINITY;
-        hide(a, b, (first + i) / groups, row, total);
+        hide(a, b, (first + i) / groups, row, total, 1);
         soften(row, stride, a->scale);
     }
     float sum[MOST_ROWS];
@@ -183,6 +160,7 @@ static void piece(const Attention *a, int type, long b, long g, long first, long
 
 /* Returns 0, or 1 when there is no memory. */
 int specdec_attention(const Attention *a) {
+    if (a->tiles) return specdec_attention_tiles(a);
     long groups = a->heads / a->kv_heads, packed = groups * a->rows, longest = 0;
     for (long b = 0; b < a->batch; b++) {
         long end = a->lengths[b] + a->offset + a->rows;

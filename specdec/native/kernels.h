@@ -16,6 +16,7 @@ typedef struct {
     long batch, rows, heads, kv_heads, size, capacity, slot_step, query_step, request_step, tree_rows, offset, window;
     float scale;
     int type, threads;
+    int tiles; /* scores by AMX: bfloat16, heads of 32, 64, ... */
 } Attention;
 
 typedef struct {
@@ -33,6 +34,7 @@ int specdec_linear(const float *x, const void *w, const float *bias, void *y, lo
 void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t *y, long rows, long blocks, long outputs,
                    int kind, int threads);
 int specdec_attention(const Attention *a);
+int specdec_attention_tiles(const Attention *a);
 void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type);
 void specdec_gate(const void *x, void *y, long rows, long width, int type, int threads);
 void specdec_place(const Placing *p);

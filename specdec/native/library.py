@@ -22,8 +22,8 @@ import torch
 from specdec.places import cache_root
 
 SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
-SOURCES = ("linear.c", "tiles.c", "attention.c", "elementwise.c", "layer.c")
-HEADERS = ("vectors.h", "exponential.h", "kernels.h")
+SOURCES = ("linear.c", "tiles.c", "attention.c", "attention_tiles.c", "elementwise.c", "layer.c")
+HEADERS = ("vectors.h", "exponential.h", "kernels.h", "visible.h", "amx.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
 FLAGS = (
     "-O3",

@@ -18,6 +18,7 @@ from specdec.native.library import library
 
 PANEL = 16  # as in vectors.h
 PAIRS = 16  # of inputs in a block of tiles.c
+AMX = 2  # see `tiles_kind`
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -77,22 +77,12 @@ static void by_pairs(const Product *p, long panel, long last) {
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "amx.h"
+
 #define REQUEST 0x1023 /* arch_prctl: leave to use a state component; the kernel then keeps room for it */
 #define TILE_DATA 18
 
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} Config;
-
-/* Sums 0 to 3, rows of x 4 and 5, weights 6 and 7; `high` and `low` rows in the upper and lower half of a strip. */
-static void configure(long high, long low) {
-    Config config = {.palette = 1};
-    const long rows[8] = {high, low ? low : high, high, low ? low : high, high, low ? low : high, PAIRS, PAIRS};
-    for (int i = 0; i < 8; i++) config.rows[i] = (uint8_t)rows[i], config.bytes[i] = 64;
-    _tile_loadconfig(&config);
-}
+/* Sums 0 to 3, rows of x 4 and 5, weights 6 and 7; odd tiles belong to the lower half of a strip. */
 
 /* What a tile of sums holds. */
 #define STORE(tile, first, many, panel)                                                                                \
@@ -168,7 +158,7 @@ static void by_tiles(const Product *p, long first, long last) {
         for (long row = 0; row < p->rows; row += 2 * PAIRS) {
             const long left = p->rows - row < 2 * PAIRS ? p->rows - row : 2 * PAIRS;
             if (left <= PAIRS) {
-                configure(left, 0);
+                configure(left, left);
                 short_strip(p, row, left, panel, end);
             } else {
                 configure(PAIRS, left - PAIRS);

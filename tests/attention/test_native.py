@@ -12,11 +12,19 @@ from specdec.attention.reference import ReferenceAttention
 from specdec.cache import CacheShape, KVCache
 from specdec.errors import UnsupportedError
 from specdec.native.library import library
+from specdec.native.linear import tiles_kind
 from specdec.tree import DraftTree, build, chain
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 DTYPES = (torch.float32, torch.bfloat16)
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 SLOTS, LENGTH = 3, 220
+
+
+@pytest.fixture(params=sorted({0, tiles_kind()}), autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bfloat16 as this processor multiplies it, and as one without tiles does."""
+    monkeypatch.setattr("specdec.attention.native.tiles_kind", lambda: request.param)
 
 
 def _cache(size: int, kv_heads: int, dtype: torch.dtype) -> KVCache:
@@ -53,27 +61,29 @@ def test_trees_agree_with_the_reference(
     cache = _cache(size, kv_heads, dtype)
     rows = tree_rows(torch.tensor([2, 0, 1]), torch.tensor([0, 67, 150]), _tree(3, nodes))
     got, wanted = _both(_query(3, nodes, heads, size, dtype), cache, rows)
-    torch.testing.assert_close(got, wanted, atol=2e-2 if dtype == torch.bfloat16 else 2e-6, rtol=0)
+    torch.testing.assert_close(got, wanted, atol=ATOL[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 9, 64])
-def test_chunks_and_windows_agree(window: int | None) -> None:
-    cache = _cache(32, 2, torch.float32)
+def test_chunks_and_windows_agree(window: int | None, dtype: torch.dtype) -> None:
+    cache = _cache(32, 2, dtype)
     slots, lengths = torch.tensor([0, 1]), torch.tensor([3, 120])
     for rows in (chunk_rows(slots, lengths, 70), tree_rows(slots, lengths, _tree(2, 12))):
         n = rows.positions.shape[1]
-        got, wanted = _both(_query(2, n, 6, 32, torch.float32), cache, rows, window)
-        torch.testing.assert_close(got, wanted, atol=2e-6, rtol=0)
+        got, wanted = _both(_query(2, n, 6, 32, dtype), cache, rows, window)
+        torch.testing.assert_close(got, wanted, atol=ATOL[dtype], rtol=0)
 
 
-def test_levels_behind_older_rows_agree() -> None:
-    cache = _cache(32, 2, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_behind_older_rows_agree(dtype: torch.dtype) -> None:
+    cache = _cache(32, 2, dtype)
     bits = torch.tensor([[0b10011, 0b100101], [0b10001, 0b101010]])
     rows = level_rows(
         torch.tensor([2, 1]), torch.tensor([40, 11]), torch.tensor([[42, 42], [13, 14]]), bits, 4
     )
-    got, wanted = _both(_query(2, 2, 4, 32, torch.float32), cache, rows)
-    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=0)
+    got, wanted = _both(_query(2, 2, 4, 32, dtype), cache, rows)
+    torch.testing.assert_close(got, wanted, atol=ATOL[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
