@@ -53,6 +53,7 @@ def _head_path(target: str, draft: str) -> Path | None:
 
 def _target(decoder: Any) -> dict[str, Any]:
     from specdec.native.library import why_not
+    from specdec.native.linear import told
 
     info, engine = decoder.engine.target.info, decoder.engine
     return {
@@ -62,7 +63,7 @@ def _target(decoder: Any) -> dict[str, Any]:
         "attention": choice.told()
         if (choice := getattr(decoder.loaded.target, "choice", None))
         else "reference",
-        "C kernels": why_not() or "yes",
+        "C kernels": why_not() or f"yes ({told()})",
         "fused kernels": _fused(info.device),
         "captured in CUDA graphs": "yes" if hasattr(engine.target, "recording") else "no",
         "rounds": _rounds(engine),

@@ -48,6 +48,12 @@ def why_not() -> str | None:
     return _loaded()[1]
 
 
+def identity() -> str:
+    """Tells kernels of other sources, compilers and processors apart: their file's name, or the reason for None."""
+    kernels = library()
+    return why_not() or "" if kernels is None else Path(kernels._name).stem
+
+
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(SWITCH) == "0":

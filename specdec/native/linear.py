@@ -8,6 +8,7 @@ Dimension legend: M rows, K inputs, O outputs, P panels of sixteen outputs, T bl
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -27,11 +28,20 @@ def can_multiply(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in DTYPES and library() is not None
 
 
-@functools.cache
 def tiles_kind() -> int:
     """What multiplies bfloat16 here: 2 AMX tiles, 1 AVX-512's pairs, 0 nothing."""
     kernels = library()
-    return 0 if kernels is None else int(kernels.specdec_tiles_kind())
+    return 0 if kernels is None else _asked(kernels)
+
+
+@functools.cache
+def _asked(kernels: ctypes.CDLL) -> int:
+    return int(kernels.specdec_tiles_kind())
+
+
+def told() -> str:
+    """How bfloat16 is multiplied, in a few words."""
+    return ("bfloat16 widened", "bfloat16 by AVX-512's pairs", "bfloat16 by AMX tiles")[tiles_kind()]
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -70,6 +70,20 @@ def test_what_was_compiled_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     ) == 1
 
 
+def test_other_kernels_have_another_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    if library.library() is None:
+        pytest.skip(f"no kernels: {library.why_not()}")
+    first = library.identity()
+    assert (tmp_path / "native" / f"{first}.so").exists()
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DOTHER"))
+    library._loaded.cache_clear()
+    assert library.identity() not in ("", first)
+    monkeypatch.setenv("SPECDEC_NATIVE", "0")
+    library._loaded.cache_clear()
+    assert library.identity() == "SPECDEC_NATIVE is 0"
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
