@@ -15,6 +15,9 @@
 #define TILE_BYTES 1024    /* of a block of one panel */
 #define NEAR (1024 * 1024) /* weights that stay near while all rows meet them */
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
 typedef struct {
     const uint16_t *x; /* [rows, blocks, 32] */
     const char *w;     /* [panels, blocks, 16, 16, 2] */
@@ -22,9 +25,6 @@ typedef struct {
     uint16_t *y;       /* [rows, outputs] */
     long rows, blocks, outputs;
 } Product;
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
 
 /* Sixteen sums of one row, with the bias, and only as far as there are outputs. */
 INLINE void put(const Product *p, long row, long panel, floats y) {
@@ -71,7 +71,6 @@ static void by_pairs(const Product *p, long panel, long last) {
 #undef UNDER
     }
 }
-#endif
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -79,12 +78,11 @@ static void by_pairs(const Product *p, long panel, long last) {
 
 #include "amx.h"
 
-#define REQUEST 0x1023 /* arch_prctl: leave to use a state component; the kernel then keeps room for it */
+#define REQUEST 0x1023 /* of arch_prctl: leave to use a part of the state; the kernel then keeps room for it */
 #define TILE_DATA 18
 
-/* Sums 0 to 3, rows of x 4 and 5, weights 6 and 7; odd tiles belong to the lower half of a strip. */
-
-/* What a tile of sums holds. */
+/* Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights; odd ones belong to the lower half of a strip. Here the sums
+ * of a tile go to where they belong. */
 #define STORE(tile, first, many, panel)                                                                                \
     do {                                                                                                               \
         float sums[PAIRS * PANEL] __attribute__((aligned(64)));                                                        \
@@ -171,17 +169,12 @@ static void by_tiles(const Product *p, long first, long last) {
 
 static int tiles_allowed(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
 #else
+static void by_tiles(const Product *p, long first, long last) { by_pairs(p, first, last); }
 static int tiles_allowed(void) { return 0; }
 #endif
 
 /* 2 for tiles, 1 for pairs in a vector, 0 where bfloat16 is not multiplied. To be called before the first product. */
-int specdec_tiles_kind(void) {
-#if defined(__AVX512BF16__)
-    return tiles_allowed() ? 2 : 1;
-#else
-    return tiles_allowed() ? 0 : 0;
-#endif
-}
+int specdec_tiles_kind(void) { return tiles_allowed() ? 2 : 1; }
 
 /* Panels are dealt to threads in runs. kind: at most what `specdec_tiles_kind` gives, and not 0. */
 void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t *y, long rows, long blocks, long outputs,
@@ -190,15 +183,17 @@ void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t
     const Product p = {x, w, bias, y, rows, blocks, outputs};
 #pragma omp parallel num_threads(threads)
     {
-        long mine = omp_get_thread_num(), of = omp_get_num_threads();
-        long first = panels * mine / of, last = panels * (mine + 1) / of;
-#if defined(__AMX_BF16__) && defined(__linux__)
+        const long mine = omp_get_thread_num(), of = omp_get_num_threads();
+        const long first = panels * mine / of, last = panels * (mine + 1) / of;
         if (kind == 2) by_tiles(&p, first, last);
-#endif
-#if defined(__AVX512BF16__)
-        if (kind == 1) by_pairs(&p, first, last);
-#endif
-        (void)first, (void)last;
+        else by_pairs(&p, first, last);
     }
-    (void)p, (void)kind;
 }
+#else
+int specdec_tiles_kind(void) { return 0; }
+
+void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t *y, long rows, long blocks, long outputs,
+                   int kind, int threads) {
+    (void)x, (void)w, (void)bias, (void)y, (void)rows, (void)blocks, (void)outputs, (void)kind, (void)threads;
+}
+#endif
