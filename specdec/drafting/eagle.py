@@ -27,7 +27,6 @@ from specdec.drafting.protocol import Context, Shape
 from specdec.head.model import DraftHead
 from specdec.layers.heads import Heads
 from specdec.layers.linear import spare_rows
-from specdec.layers.whole import Kept
 from specdec.sampling import draw, spread
 from specdec.tree import MAX_NODES, DraftTree
 
@@ -156,9 +155,9 @@ class EagleDrafter:
         """The head over tokens int64 [B, n] and their fused or fed-back g [B, n, H]; y [B, n, H]."""
         plan = self.attention.plan(rows, self.cache, self.head.config.window)
         embedded, angles = self.embed(tokens).to(g.dtype), self.head.angles(rows.positions)
-        kept, whole = Kept(self.cache, 0, rows.index, plan), self.head.whole
-        if whole is not None and whole.takes(g, kept):
-            return whole.run(g, angles, kept, embedded)
+        whole = self.head.whole
+        if whole is not None and whole.takes(g, self.cache, [plan]):
+            return whole.run(g, angles, self.cache, rows.index, [plan], embedded=embedded)
 
         def attend(heads: Heads, scale: float) -> Tensor:
             query = heads.store(self.cache, 0, rows.index)

@@ -26,7 +26,7 @@ from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm, normed
 from specdec.layers.rope import Angles, Rope, frequencies
-from specdec.layers.whole import Parts, WholeLayer, whole
+from specdec.layers.whole import Parts, Whole, whole
 
 Attend = Callable[[Heads, float], Tensor]
 """(the rows' queries, keys and values, not yet turned; scale) -> [B, N, heads, D]."""
@@ -59,7 +59,7 @@ class DraftHead(nn.Module):
         self.lm_head = Projection(c.hidden, c.draft_vocab)
         self.register_buffer("ids", torch.full((c.draft_vocab,), -1, dtype=torch.int64))
         self.scale = 1.0 / math.sqrt(c.head_dim)
-        self.whole: WholeLayer | None = None
+        self.whole: Whole | None = None
         self._rope: Rope | None = None
 
     @property
@@ -87,10 +87,9 @@ class DraftHead(nn.Module):
         pack(self)
         c = self.config
         if not c.norm_before_residual:
-            self.whole = whole(
-                Parts(self.hidden_norm, self.qkv, self.out, self.mlp_norm, self.gate_up, self.down, c.kv_heads,
-                      c.head_dim, self.scale, embedded_norm=self.input_norm)
-            )  # fmt: skip
+            parts = Parts(self.hidden_norm, self.qkv, self.out, self.mlp_norm, self.gate_up, self.down, c.kv_heads,
+                          c.head_dim, self.scale, embedded_norm=self.input_norm)  # fmt: skip
+            self.whole = whole([parts])
 
     def fuse(self, features: Tensor) -> Tensor:
         """Target taps [B, N, A * Ht] -> g [B, N, H]."""

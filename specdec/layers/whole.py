@@ -1,15 +1,15 @@
-"""A decoder layer, the target's or a draft head's, in one call to the C kernels.
+"""Decoder layers, all of a target's or a draft head's one, in one call to the C kernels.
 
-On a few rows a layer's ten steps take hardly longer than Python takes between them. The result is that of the steps
-alone, bit by bit; where they are not all in C, there is no whole layer.
-Dimension legend: B requests, N rows, H hidden, D head size.
+On a few rows a layer's ten steps take hardly longer than Python takes between them; and other threads may run beside C.
+The result is that of the steps alone, bit by bit; where they are not all in C, there is no whole.
+Dimension legend: B requests, N rows, H hidden, D head size, A taps.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +19,10 @@ from specdec.cache import KVCache, RowIndex
 from specdec.layers.linear import Projection
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import Angles
-from specdec.native.calls import AttentionPlan, LayerCall, MatrixCall
+from specdec.native.calls import AttentionCall, AttentionPlan, ForwardCall, LayerCall, MatrixCall
 from specdec.native.library import library
 from specdec.native.linear import PAIRS, PANEL, tiles_kind
 from specdec.native.placing import HALF
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Where a layer's rows are kept, and the plan of who sees whom."""
-
-    cache: KVCache
-    layer: int
-    index: RowIndex
-    plan: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +30,9 @@ class Parts:
     """A pre-norm layer with a gated MLP.
 
     Attributes:
+        kv_heads, head_dim: of the layer; scale: of its attention.
         embedded_norm: of a draft head's token embeddings, which then stand before x in what `qkv` reads.
         q_norm, k_norm: of single heads.
-        kv_heads, head_dim: of the layer; scale: of its attention.
     """
 
     input_norm: RMSNorm
@@ -67,14 +57,90 @@ class Parts:
         found = (self.input_norm, self.mlp_norm, self.embedded_norm, self.q_norm, self.k_norm)
         return tuple(norm for norm in found if norm is not None)
 
+    def fit(self) -> bool:
+        """Has every step a kernel?"""
+        inputs = 2 * PAIRS  # of a tile
+        dtype = self.input_norm.weight.dtype
+        return (
+            all(product.packing == "native" and product.inputs % inputs == 0 and product.outputs % PANEL == 0
+                for product in self.products())
+            and all(product.packed is not None and product.packed.dtype == dtype for product in self.products())
+            and self.head_dim % (2 * HALF) == 0
+            and all((norm.eps, norm.weight.dtype) == (self.input_norm.eps, dtype) for norm in self.norms())
+        )  # fmt: skip
 
-class WholeLayer:
-    """The call, filled in but for what changes with each forward. Its parts are packed and stay where they are."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.hidden, self.dtype = parts.input_norm.width, parts.input_norm.weight.dtype
+class Whole:
+    """Layers as one call, filled in but for what changes with each forward. Their parts are packed and stay put.
+
+    Args:
+        layers: at least one, all of one shape.
+    """
+
+    def __init__(self, layers: Sequence[Parts]) -> None:
+        first = layers[0]
+        self.hidden, self.dtype = first.input_norm.width, first.input_norm.weight.dtype
+        self._heads, self._kv_heads, self._head_dim = (
+            first.out.inputs // first.head_dim,
+            first.kv_heads,
+            first.head_dim,
+        )
+        self._scale = first.scale
         self._tensors: list[Tensor] = []  # they live as long as their addresses are used
-        call = self._call = LayerCall(
+        self._layers = (LayerCall * len(layers))(*map(self._layer, layers))
+
+    def takes(self, x: Tensor, cache: KVCache, plans: Sequence[object]) -> bool:
+        """Is everything about this forward the kernels' own? Not where gradients are wanted."""
+        return (x.dtype == self.dtype == cache.shape.dtype and not torch.is_grad_enabled()
+                and all(isinstance(plan, AttentionPlan) for plan in plans))  # fmt: skip
+
+    def run(
+        self, x: Tensor, angles: Angles, cache: KVCache, index: RowIndex, plans: Sequence[AttentionPlan], *,
+        embedded: Tensor | None = None, taps: Sequence[int] = (), features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """All layers over x [B, N, H]; [B, N, H], in memory of its own.
+
+        Args:
+            index: where the rows are kept in the cache.
+            plans: of each layer.
+            embedded: [B, N, H] token embeddings for a draft head's layer.
+            taps: layers before which states are copied to features [B, N, A * H]; the number of layers stands for the
+                end.
+
+        Raises:
+            MemoryError: when there is none for what stands between the steps.
+        """
+        x, (cos, sin) = x.contiguous(), angles.values()
+        y = torch.empty_like(x)
+        embedded = None if embedded is None else embedded.contiguous()
+        slots, indices = index.slots.contiguous(), index.indices.contiguous()
+        attentions = (ctypes.POINTER(AttentionCall) * len(plans))(
+            *(ctypes.pointer(plan.call) for plan in plans)
+        )
+        wanted = (ctypes.c_int64 * len(taps))(*taps)
+        step, size = cache.kv.stride(), cache.kv.element_size()
+        call = ForwardCall(
+            x=x.data_ptr(), embedded=None if embedded is None else embedded.data_ptr(), y=y.data_ptr(),
+            attentions=ctypes.addressof(attentions), scale=self._scale, rows=x.numel() // self.hidden,
+            plane=step[0] * size, taps=ctypes.addressof(wanted), tap_count=len(taps),
+            features=None if features is None else features.data_ptr(),
+        )  # fmt: skip
+        placing = call.placing
+        placing.cos, placing.sin, placing.slots, placing.indices = map(
+            Tensor.data_ptr, (cos, sin, slots, indices)
+        )
+        placing.keys, placing.values = cache.kv.data_ptr(), cache.kv.data_ptr() + step[1] * size
+        placing.batch, placing.rows, placing.capacity = x.shape[0], x.shape[1], cache.length
+        placing.heads_count, placing.kv_heads, placing.size = self._heads, self._kv_heads, self._head_dim
+        placing.type = self.dtype == torch.bfloat16
+        kernels = library()
+        assert kernels is not None, "packed with kernels"
+        if kernels.specdec_layers(ctypes.addressof(self._layers), len(self._layers), ctypes.byref(call)):
+            raise MemoryError("no memory for a layer's states")
+        return y
+
+    def _layer(self, parts: Parts) -> LayerCall:
+        call = LayerCall(
             hidden=self.hidden, intermediate=parts.down.inputs, eps=parts.input_norm.eps,
             type=self.dtype == torch.bfloat16, tiles=tiles_kind() if self.dtype == torch.bfloat16 else 0,
         )  # fmt: skip
@@ -83,46 +149,7 @@ class WholeLayer:
             setattr(call, name, None if norm is None else self._address(norm.weight.detach()))
         for name in ("qkv", "out", "gate_up", "down"):
             setattr(call, name, self._matrix(getattr(parts, name)))
-        self._heads, self._scale = parts.out.inputs // parts.head_dim, parts.scale
-        call.placing.heads_count, call.placing.kv_heads = self._heads, parts.kv_heads
-        call.placing.size, call.placing.type = parts.head_dim, call.type
-
-    def takes(self, x: Tensor, kept: Kept) -> bool:
-        """Is everything about this forward the kernels' own? Not where gradients are wanted."""
-        return (isinstance(kept.plan, AttentionPlan) and x.dtype == self.dtype == kept.cache.shape.dtype
-                and not torch.is_grad_enabled())  # fmt: skip
-
-    def run(
-        self, x: Tensor, angles: Angles, kept: Kept, embedded: Tensor | None = None, *, reuse: bool = False
-    ) -> Tensor:
-        """The layer over x [B, N, H], a draft head's with the token embeddings [B, N, H], too; [B, N, H].
-
-        Args:
-            reuse: x's memory may be overwritten.
-
-        Raises:
-            MemoryError: when there is none for what stands between the steps.
-        """
-        x, (cos, sin), cache = x.contiguous(), angles.values(), kept.cache
-        y = x if reuse else torch.empty_like(x)
-        embedded = None if embedded is None else embedded.contiguous()
-        slots, indices = kept.index.slots.contiguous(), kept.index.indices.contiguous()
-        call = LayerCall.from_buffer_copy(self._call)  # threads may run the same layer
-        call.x, call.y, call.rows = x.data_ptr(), y.data_ptr(), x.numel() // self.hidden
-        call.embedded = None if embedded is None else embedded.data_ptr()
-        call.attention = kept.plan.call
-        call.attention.heads, call.attention.scale = self._heads, self._scale
-        placing, step = call.placing, cache.kv.stride()
-        placing.keys = cache.kv.data_ptr() + kept.layer * step[0] * cache.kv.element_size()
-        placing.values = placing.keys + step[1] * cache.kv.element_size()
-        placing.cos, placing.sin = cos.data_ptr(), sin.data_ptr()
-        placing.slots, placing.indices = slots.data_ptr(), indices.data_ptr()
-        placing.batch, placing.rows, placing.capacity = x.shape[0], x.shape[1], cache.length
-        kernels = library()
-        assert kernels is not None, "packed with kernels"
-        if kernels.specdec_layer(ctypes.byref(call)):
-            raise MemoryError("no memory for a layer's states")
-        return y
+        return call
 
     def _matrix(self, product: Projection) -> MatrixCall:
         assert product.packed is not None, "made of packed parts"
@@ -136,15 +163,6 @@ class WholeLayer:
         return x.data_ptr()
 
 
-def whole(parts: Parts) -> WholeLayer | None:
-    """The layer as one call, or None where a step of it has no kernel."""
-    even = 2 * PAIRS  # inputs of a tile
-    fits = (
-        all(product.packing == "native" and product.inputs % even == 0 and product.outputs % PANEL == 0
-            for product in parts.products())
-        and parts.head_dim % (2 * HALF) == 0
-        and len({(norm.eps, norm.weight.dtype) for norm in parts.norms()}) == 1
-        and all(product.packed is not None and product.packed.dtype == parts.input_norm.weight.dtype
-                for product in parts.products())
-    )  # fmt: skip
-    return WholeLayer(parts) if fits else None
+def whole(layers: Sequence[Parts]) -> Whole | None:
+    """The layers as one call, or None where a step of one has no kernel."""
+    return Whole(layers) if layers and all(parts.fit() for parts in layers) else None

@@ -1,4 +1,4 @@
-"""What the C kernels are called with: the structures of kernels.h and layer.c, field by field."""
+"""What the C kernels are called with: the structures of kernels.h and layers.c, field by field."""
 
 from __future__ import annotations
 
@@ -45,16 +45,26 @@ class LayerCall(ctypes.Structure):
     """`Layer`."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "embedded", "y", "input_norm", "embedded_norm", "mlp_norm", "q_norm",
-                                        "k_norm")),
+        *((name, _POINTER) for name in ("input_norm", "embedded_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, MatrixCall) for name in ("qkv", "out", "gate_up", "down")),
-        ("attention", AttentionCall),
-        ("placing", PlacingCall),
-        *((name, _WHOLE) for name in ("rows", "hidden", "intermediate")),
+        *((name, _WHOLE) for name in ("hidden", "intermediate")),
         ("eps", ctypes.c_float),
         ("type", ctypes.c_int),
         ("tiles", ctypes.c_int),
     )  # fmt: skip
+
+
+class ForwardCall(ctypes.Structure):
+    """`Forward`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "embedded", "y", "attentions")),
+        ("placing", PlacingCall),
+        ("scale", ctypes.c_float),
+        *((name, _WHOLE) for name in ("rows", "plane")),
+        *((name, _POINTER) for name in ("taps", "features")),
+        ("tap_count", _WHOLE),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import torch
 from specdec.places import cache_root
 
 SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
-SOURCES = ("linear.c", "tiles.c", "attention.c", "attention_tiles.c", "elementwise.c", "layer.c")
+SOURCES = ("linear.c", "tiles.c", "attention.c", "attention_tiles.c", "elementwise.c", "layers.c")
 HEADERS = ("vectors.h", "exponential.h", "kernels.h", "visible.h", "amx.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
 FLAGS = (
@@ -123,6 +123,6 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_gate.restype = None
     loaded.specdec_place.argtypes = [pointer]
     loaded.specdec_place.restype = None
-    loaded.specdec_layer.argtypes = [pointer]
-    loaded.specdec_layer.restype = small
+    loaded.specdec_layers.argtypes = [pointer, whole, pointer]
+    loaded.specdec_layers.restype = small
     return loaded

@@ -23,7 +23,7 @@ from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import SCALINGS, Angles, Rope, frequencies
-from specdec.layers.whole import Kept, Parts, WholeLayer, whole
+from specdec.layers.whole import Parts, Whole, whole
 from specdec.target.protocol import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -127,21 +127,14 @@ class Block(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
         self.scale = 1.0 / math.sqrt(c.head_dim)
-        self.whole: WholeLayer | None = None
 
-    def pack(self) -> None:
-        """Pack the projections for decoding, and the layer into one call where that can be."""
-        pack(self)
-        self.whole = whole(
-            Parts(self.input_norm, self.qkv, self.out, self.mlp_norm, self.gate_up, self.down, self.kv_heads,
-                  self.head_dim, self.scale, q_norm=self.q_norm, k_norm=self.k_norm)
-        )  # fmt: skip
+    def parts(self) -> Parts:
+        """For the call that runs all layers."""
+        return Parts(self.input_norm, self.qkv, self.out, self.mlp_norm, self.gate_up, self.down, self.kv_heads,
+                     self.head_dim, self.scale, q_norm=self.q_norm, k_norm=self.k_norm)  # fmt: skip
 
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
         """x: [B, N, H] -> [B, N, H]; the memory of x may be overwritten."""
-        kept = Kept(step.cache, layer, step.rows.index, plan)
-        if self.whole is not None and self.whole.takes(x, kept):
-            return self.whole.run(x, step.angles, kept, reuse=True)
         heads = Heads(self._heads(x), self.kv_heads, step.angles)
         queries = heads.store(step.cache, layer, step.rows.index)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
@@ -182,6 +175,7 @@ class LeanDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps)
         self.head = Projection(config.hidden, config.vocab)
+        self.whole: Whole | None = None
         self._rope: Rope | None = None
 
     def rope(self) -> Rope:
@@ -198,12 +192,10 @@ class LeanDecoder(nn.Module):
         return CacheShape(c.layers, c.kv_heads, c.head_dim, self.embedding.dtype, self.embedding.device)
 
     def freeze(self) -> None:
-        """Ready for decoding: no gradients, projections packed where that helps."""
+        """Ready for decoding: no gradients, projections packed, all layers one call where they can be."""
         self.requires_grad_(False)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.pack()
         pack(self)
+        self.whole = whole([block.parts() for block in self.blocks if isinstance(block, Block)])
 
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """tokens int64 [B, N] at `rows`; writes `cache`; returns final states and the taps."""
@@ -211,9 +203,13 @@ class LeanDecoder(nn.Module):
         step = Step(rows, cache, self.attention, Angles(self.rope(), rows.positions))
         plans = {w: self.attention.plan(rows, cache, w) for w in set(self.config.windows)}
         features = x.new_empty(*x.shape[:2], len(taps) * self.config.hidden)
+        each = [plans[window] for window in self.config.windows]
+        if self.whole is not None and self.whole.takes(x, cache, each):
+            x = self.whole.run(x, step.angles, cache, rows.index, each, taps=taps, features=features)
+            return States(self.norm(x), features)
         for layer, block in enumerate(self.blocks):
             _tap(features, taps, layer, x)
-            x = block(x, step, layer, plans[self.config.windows[layer]])
+            x = block(x, step, layer, each[layer])
         _tap(features, taps, len(self.blocks), x)
         return States(self.norm(x), features)
 

@@ -17,7 +17,7 @@ from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.protocol import Context, Shape
 from specdec.native import linear as native
 from specdec.native.library import library
-from specdec.target.lean import Block, LeanConfig, LeanDecoder
+from specdec.target.lean import LeanConfig, LeanDecoder
 from specdec.tree import build
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -54,12 +54,6 @@ def _decoder(config: LeanConfig, dtype: torch.dtype) -> LeanDecoder:
     return decoder
 
 
-def _apart(decoder: LeanDecoder) -> None:
-    for block in decoder.blocks:
-        assert isinstance(block, Block) and block.whole is not None
-        block.whole = None
-
-
 @torch.inference_mode()
 def _outputs(decoder: LeanDecoder) -> tuple[torch.Tensor, ...]:
     """Of a prompt and a tree behind it, for two requests in slots out of order."""
@@ -68,7 +62,7 @@ def _outputs(decoder: LeanDecoder) -> tuple[torch.Tensor, ...]:
     text = torch.randint(0, 64, (2, 20), generator=generator)
     tokens = torch.randint(0, 64, (2, 9), generator=generator)
     tree = build(tokens, torch.tensor([[0] + [(5 * i) % i for i in range(1, 9)]]).expand(2, -1))
-    first = decoder(text, chunk_rows(slots, torch.tensor([0, 0]), 20), cache, (1, 3))
+    first = decoder(text, chunk_rows(slots, torch.tensor([0, 0]), 20), cache, (1, 3, 1))
     then = decoder(tokens, tree_rows(slots, torch.tensor([20, 17]), tree), cache, (0, 2))
     return first.final, first.features, then.final, then.features, cache.kv
 
@@ -77,7 +71,8 @@ def _outputs(decoder: LeanDecoder) -> tuple[torch.Tensor, ...]:
 def test_a_target_layer_is_its_steps(family: str, dtype: torch.dtype) -> None:
     decoder = _decoder(FAMILIES[family], dtype)
     whole = _outputs(decoder)
-    _apart(decoder)
+    assert decoder.whole is not None
+    decoder.whole = None
     apart = _outputs(decoder)
     assert all(x.isfinite().all() for x in whole)
     assert all(torch.equal(x, y) for x, y in zip(whole, apart, strict=True))
@@ -117,7 +112,7 @@ def test_what_is_not_all_in_c_goes_step_by_step(
     change: Callable[[LeanDecoder], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = _decoder(PLAIN, torch.float32)
-    monkeypatch.setattr("specdec.layers.whole.WholeLayer.run", None)  # to be called by nobody
+    monkeypatch.setattr("specdec.layers.whole.Whole.run", None)  # to be called by nobody
     cache, none = KVCache(decoder.cache_shape(), 1, 16), torch.tensor([0])
     with torch.no_grad():
         change(decoder)
@@ -128,4 +123,4 @@ def test_what_is_not_all_in_c_goes_step_by_step(
     "odd", [replace(PLAIN, head_dim=16), replace(PLAIN, hidden=80), replace(PLAIN, intermediate=100)]
 )
 def test_odd_sizes_have_no_whole_layer(odd: LeanConfig) -> None:
-    assert all(isinstance(b, Block) and b.whole is None for b in _decoder(odd, torch.float32).blocks)
+    assert _decoder(odd, torch.float32).whole is None
