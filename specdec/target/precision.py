@@ -1,7 +1,8 @@
 """Which dtype decodes fastest on this CPU for these matrices: measured in milliseconds, never believed.
 
 bfloat16 halves the bytes a product reads, but not every CPU multiplies it well, and some shapes fall off a
-cliff. Knows matrix shapes, not models.
+cliff. Measured on one thread: a thread that waits for a core that something else keeps busy would be all that is seen.
+Knows matrix shapes, not models.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Shape = tuple[int, int]
 ROWS = (1, 16)  # plain decoding and a small tree
 COLD_BYTES = 64 * 2**20  # read this much per pass (in float32), so that caches do not hide the memory bus
 COPIES = 6  # of one block, at most
-PASSES = 3
+PASSES = 5
 MARGIN = 0.97  # bfloat16 must win by more than noise
 
 
@@ -30,7 +31,12 @@ def fastest_dtype(shapes: tuple[Shape, ...]) -> torch.dtype:
     Args:
         shapes: the projections of one block.
     """
-    wide, narrow = seconds(shapes, torch.float32), seconds(shapes, torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        wide, narrow = seconds(shapes, torch.float32), seconds(shapes, torch.bfloat16)
+    finally:
+        torch.set_num_threads(threads)
     wins = all(n < w * MARGIN for n, w in zip(narrow, wide, strict=True))
     return torch.bfloat16 if wins else torch.float32
 
