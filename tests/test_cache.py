@@ -139,3 +139,17 @@ def test_too_little_memory_is_refused_with_the_size() -> None:
     with pytest.raises(UnsupportedError, match=r"slots x length.*GiB: lower max_length or slots") as caught:
         KVCache(SHAPE, 2**30, 2**30)
     assert caught.value.field == "slots x length"
+
+
+def test_compaction_is_the_fused_kernel_s_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Tensor, ...]] = []
+    monkeypatch.setattr("specdec.fused.available.runs", lambda device: True)
+    monkeypatch.setattr("specdec.fused.settle.compact", lambda *tensors: asked.append(tensors))
+    cache, where = (
+        KVCache(SHAPE, SLOTS, LENGTH),
+        (torch.tensor([1]), torch.tensor([4]), torch.tensor([[0, 2]])),
+    )
+    cache.compact(*where)
+    assert len(asked) == 1 and all(x is y for x, y in zip(asked[0], (cache.kv, *where), strict=True)), (
+        "once, with these"
+    )

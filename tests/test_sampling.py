@@ -339,3 +339,9 @@ class TestUniforms:
             numbers = uniforms(seed, 4)
             assert numbers.dtype == torch.float64
             assert bool(((numbers >= 0) & (numbers < 1)).all())
+
+
+def test_the_largest_is_the_fused_kernel_s_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.fused.available.runs", lambda device: True)
+    monkeypatch.setattr("specdec.fused.largest.largest", lambda scores: (scores, torch.tensor([7])))
+    assert module.likeliest(torch.zeros(1, 9)).tolist() == [7]

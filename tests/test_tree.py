@@ -168,3 +168,12 @@ class TestGrowth:
 def test_mask_reads_bits() -> None:
     words: Tensor = torch.tensor([[1, 5]])
     assert trees.mask(words, 3).tolist() == [[[True, False, False], [True, False, True]]]
+
+
+def test_a_tree_promises_the_path_probabilities_of_its_own_nodes() -> None:
+    parents = torch.tensor([[0, 0, 1], [0, 0, 0]])
+    scores = torch.tensor([[0.0, 0.5, 0.25], [0.0, 0.75, 0.125]]).log()
+    tree = trees.build(torch.zeros_like(parents), parents, sizes=torch.tensor([3, 2]), scores=scores)
+    assert tree.promised() == pytest.approx(0.5 + 0.25 + 0.75)  # what pads the second tree promises nothing
+    assert trees.root_only(torch.tensor([4])).promised() == 0
+    assert trees.chain(torch.tensor([[1, 2]])).promised() == 0, "a chain without scores says nothing"
