@@ -132,7 +132,7 @@ def cross_check(material: Material, taps: TapSet, plan: Plan) -> Value:
     critic = fit_critic(data, train, val, control, NceSettings(settings.probe))
     drawn = resamples(c.doc[test.at], draws=plan.draws, minimum=2)
     e1 = drawn.mean(cross_entropies(control, test, data.labels) - cross_entropies_of(probe, data, test))
-    both = agreement(e1, drawn.mean(critic_values(critic.probe, data, test, control)))
+    both = agreement(e1, drawn.mean(critic_values(critic, data, test)))
     return {"e1": number(both.e1), "e2": number(both.e2), "allowed": clean(both.allowed), "holds": both.holds}
 
 

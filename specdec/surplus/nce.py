@@ -1,9 +1,9 @@
 """E2, the cross-check: the same critic trained by ranking noise-contrastive estimation, evaluated exactly.
 
-Loss -log[e^f(y) / (e^f(y) + sum_j e^f(y_j))] with y_j drawn from the control; its own value saturates at
-log(K + 1) and is never quoted. The estimate is S_nce = E[f(y) - log sum_y' r(y') e^f(y')], renormalised over
-every symbol: another lower bound relative to r, reached by another loss (theory.md 2.3). Dimension legend: n
-contexts, M symbols, K negatives.
+Loss -log[e^f(y) / (e^f(y) + sum_j e^f(y_j))] with y_j drawn from the control and y of the target's own law, every
+symbol by its weight; its own value saturates at log(K + 1) and is never quoted. The estimate is
+S_nce = E[f(y) - log sum_y' r(y') e^f(y')], renormalised over every symbol: another lower bound relative to r, reached
+by another loss (theory.md 2.3). Dimension legend: n contexts, M symbols, K negatives.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ import torch
 from torch import Tensor
 
 from specdec.surplus.contract import Contexts
-from specdec.surplus.control import Control, batches
+from specdec.surplus.control import Control, batches, cross_entropy
 from specdec.surplus.interval import Interval
 from specdec.surplus.labels import Labels
-from specdec.surplus.probe import Batch, Fitted, Probe, ProbeData, ProbeSettings, walk_text
+from specdec.surplus.probe import Batch, Fitted, Probe, ProbeData, ProbeSettings, trusted, walk_text
 from specdec.surplus.start import Lesson
 
 
 @dataclass(frozen=True, slots=True)
 class NceSettings:
-    """Negatives and positives per context, over the probe's own settings.
+    """Negatives per context, over the probe's own settings.
 
     Attributes:
-        negatives: K, 64 to 512.
-        positives: labels drawn from p per context (soft labels by sampling).
+        negatives: K, 64 to 512; all symbols are scored anyway, so many cost little.
     """
 
     probe: ProbeSettings
-    negatives: int = 64
-    positives: int = 4
+    negatives: int = 512
 
 
 def renormalised(scores: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
@@ -48,12 +46,10 @@ def renormalised(scores: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
 def ranking_loss(
     scores: Tensor, log_p: Tensor, log_r: Tensor, settings: NceSettings, generator: torch.Generator
 ) -> Tensor:
-    """Mean ranking loss of a batch; all inputs [n, M]."""
+    """Mean ranking loss of a batch, exact over positives; all inputs [n, M]."""
     draw = torch.multinomial(log_r.exp(), settings.negatives, replacement=True, generator=generator)
-    right = torch.multinomial(log_p.exp(), settings.positives, replacement=True, generator=generator)
     negative = scores.gather(1, draw).logsumexp(-1, keepdim=True)
-    positive = scores.gather(1, right)
-    return (torch.logaddexp(positive, negative) - positive).mean()
+    return (log_p.exp() * (torch.logaddexp(scores, negative) - scores)).sum(-1).mean()
 
 
 def fit_critic(
@@ -63,7 +59,10 @@ def fit_critic(
     control: Control,
     settings: NceSettings,
 ) -> Fitted:
-    """Train a critic of the probe's shape by the ranking loss; stopped on the renormalised value."""
+    """Train a critic of the probe's shape by the ranking loss; stopped on the renormalised value.
+
+    Its last step is E1's (`trust`): a step that only one of them had would be a difference that is not the loss's.
+    """
     depth, recipe = train.depth, settings.probe
     state = torch.random.get_rng_state()
     torch.manual_seed(recipe.seed + 7919)  # another start than E1's, so that agreement means something
@@ -73,7 +72,7 @@ def fit_critic(
         critic.begin(data, Lesson(train, val, data.labels, control, critic.unembedding))
     optimizer = torch.optim.AdamW(critic.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
     generator = torch.Generator().manual_seed(recipe.seed)
-    best, kept, stale, epochs = -math.inf, _copy(critic), 0, 0
+    best, kept, stale, epochs = _value(critic, data, val, control), _copy(critic), 0, 0
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * (0.02 + 0.49 * (1 + math.cos(math.pi * epoch / recipe.epochs)))
@@ -84,12 +83,18 @@ def fit_critic(
             torch.autograd.backward(loss)
             optimizer.step()
         epochs += 1
-        value = float(critic_values(critic, data, val, control).mean())
+        value = _value(critic, data, val, control)
         best, stale, kept = (value, 0, _copy(critic)) if value > best else (best, stale + 1, kept)
         if stale >= recipe.patience:
             break
     critic.load_state_dict(kept)
-    return Fitted(critic.eval(), control, best, epochs)
+    return trusted(
+        Fitted(critic.eval(), control, cross_entropy(control, val, data.labels) - best, epochs), data, val
+    )
+
+
+def _value(critic: Probe, data: ProbeData, where: Contexts, control: Control) -> float:
+    return float(critic_values(Fitted(critic, control, math.nan, 0), data, where).mean())
 
 
 def _scores(critic: Probe, data: ProbeData, batch: Batch, control: Control) -> tuple[Tensor, Tensor]:
@@ -103,14 +108,16 @@ def _copy(critic: Probe) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def critic_values(critic: Probe, data: ProbeData, where: Contexts, control: Control) -> Tensor:
-    """S_nce of each context [n], nats."""
+def critic_values(critic: Fitted, data: ProbeData, where: Contexts) -> Tensor:
+    """S_nce of each context [n], nats; trust multiplies the scores."""
     parts = []
     labels: Labels = data.labels
     for rows in batches(where.at.shape[0], 2048):
         some = where.take(rows)
         log_p = labels.rows(some.label_row)
-        scores, log_r = _scores(critic, data, Batch(some, log_p), control)
+        scores, log_r = _scores(critic.probe, data, Batch(some, log_p), critic.control)
+        if critic.trust is not None:
+            scores = critic.trust.share(log_r, torch.log_softmax(log_r + scores, dim=-1))[:, None] * scores
         parts.append(renormalised(scores, log_p, log_r))
     return torch.cat(parts)
 

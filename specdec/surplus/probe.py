@@ -3,7 +3,8 @@
 q0 is the control r, or its mixture with a linear reader of h in closed form where that does better on validation text
 (`start`); F's last map begins at zero, so ignoring h is always within reach. h and z meet inside F's non-linearity,
 because additive logits recover nothing when only their interaction informs. Trained on the target's own law as soft
-labels. Probes of several depths walk the text together: a row's label law is computed once. Knows tensors only.
+labels. Probes of several depths walk the text together: a row's label law is computed once. Last, validation text says
+how far each context follows the probe (`trust`). Knows tensors only.
 Dimension legend: T rows, F feature width, M label symbols, e token width, k depth, B batch.
 """
 
@@ -24,6 +25,10 @@ from specdec.surplus.labels import Labels
 from specdec.surplus.mixture import Brief
 from specdec.surplus.sources import permute_within
 from specdec.surplus.start import WIDEST, Lesson, Start, fit_start
+from specdec.surplus.trust import Trust, fit_trust
+
+TRUSTED = 4096
+"""Validation contexts on which trust is fitted, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +176,33 @@ class Fitted:
     Attributes:
         probe: at its best epoch.
         control: r, whose log-probabilities are the starting logits.
-        validation: mean soft cross-entropy at that epoch, nats.
+        validation: mean soft cross-entropy there, trust included, nats.
         epochs: run until the stop.
+        trust: how far contexts follow the probe; None follows it all the way.
     """
 
     probe: Probe
     control: Control
     validation: float
     epochs: int
+    trust: Trust | None = None
 
     @torch.no_grad()
     def log_probs(self, data: ProbeData, where: Contexts) -> Tensor:
         """float32 log q [n, M]."""
         log_r = self.control.log_probs(where.z)
-        return torch.log_softmax(log_r + self.probe(data.inputs(where), where.z, log_r), dim=-1)
+        log_q = torch.log_softmax(log_r + self.probe(data.inputs(where), where.z, log_r), dim=-1)
+        return log_q if self.trust is None else self.trust.log_probs(log_r, log_q)
+
+
+def trusted(fitted: Fitted, data: ProbeData, val: Contexts) -> Fitted:
+    """The same probe with its last step, fitted on validation text, and kept where that text is told better by it."""
+    some = val.take(torch.arange(0, val.at.shape[0], -(-val.at.shape[0] // TRUSTED)))
+    log_p, log_r = data.labels.rows(some.label_row), fitted.control.log_probs(some.z)
+    log_q = fitted.log_probs(data, some)
+    trust = fit_trust(log_r, log_q, log_p)
+    gain = float((log_p.exp() * (trust.log_probs(log_r, log_q) - log_q)).sum(-1).mean())
+    return replace(fitted, trust=trust, validation=fitted.validation - gain) if gain > 0 else fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +278,7 @@ def fit_probes(
     course = {depth: _Course(probe, controls[depth]) for depth, probe in probes.items()}
     _validate(data, val, course, settings)
     _train(data, train, val, course, settings)
-    return {depth: each.result() for depth, each in course.items()}
+    return {depth: trusted(each.result(), data, val[depth]) for depth, each in course.items()}
 
 
 class _Course:

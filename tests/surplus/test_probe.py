@@ -7,9 +7,18 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.surplus.contract import Contexts
-from specdec.surplus.control import Control, Ngram
+from specdec.surplus.control import Control, Ngram, cross_entropy
 from specdec.surplus.labels import TableLabels
-from specdec.surplus.probe import Fitted, Probe, ProbeData, ProbeSettings, fit_probes, permuted, walk_text
+from specdec.surplus.probe import (
+    Fitted,
+    Probe,
+    ProbeData,
+    ProbeSettings,
+    fit_probes,
+    permuted,
+    trusted,
+    walk_text,
+)
 
 SMALL = ProbeSettings(width=64, rank=16, token_width=8, epochs=25, patience=5, batch=128, block=8, rate=1e-2)
 
@@ -185,3 +194,27 @@ def test_the_closed_form_is_left_alone_where_h_says_nothing() -> None:
     base = data.labels.rows(train.label_row).exp().mean(0)
     fitted = fit_probes(data, {2: train}, {2: val}, {2: Ngram(base, (), ())}, replace(SMALL, epochs=0))[2]
     assert abs(surplus(fitted, data, test)) < 0.03
+
+
+def test_a_probe_that_learned_noise_is_not_followed() -> None:
+    data = linear(shuffled=True)
+    train, val, test = (data.contexts(2, mask) for mask in masks(data))
+    control = Ngram(data.labels.rows(train.label_row).exp().mean(0), (), ())
+    probe = Probe(data, train, SMALL)
+    torch.nn.init.normal_(probe.last.weight, generator=torch.Generator().manual_seed(0))
+    spoiled = Fitted(probe, control, cross_entropy(control, val, data.labels), 0)
+    assert surplus(spoiled, data, test) < -0.3
+    assert surplus(trusted(spoiled, data, val), data, test) > -0.02
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_trust_never_raises_the_validation_value_it_reports(shuffled: bool) -> None:
+    data = linear(shuffled=shuffled, documents=70)
+    val = data.contexts(2, masks(data)[1])
+    found = fit(data, replace(SMALL, epochs=3))[2]
+    told, before = (
+        cross_entropy(found.control, val, data.labels) - surplus(each, data, val)
+        for each in (found, replace(found, trust=None))
+    )
+    assert told <= before
+    assert found.validation == pytest.approx(told, abs=1e-4)
