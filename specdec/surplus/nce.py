@@ -8,19 +8,16 @@ by another loss (theory.md 2.3). Dimension legend: n contexts, M symbols, K nega
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specdec.surplus.contract import Contexts
-from specdec.surplus.control import Control, batches, cross_entropy
+from specdec.surplus.control import Control, batches
 from specdec.surplus.interval import Interval
 from specdec.surplus.labels import Labels
-from specdec.surplus.probe import Batch, Fitted, Probe, ProbeData, ProbeSettings, trusted, walk_text
-from specdec.surplus.start import Lesson
+from specdec.surplus.probe import Fitted, ProbeData, ProbeSettings, fit_probes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,52 +56,18 @@ def fit_critic(
     control: Control,
     settings: NceSettings,
 ) -> Fitted:
-    """Train a critic of the probe's shape by the ranking loss; stopped on the renormalised value.
+    """Train a critic of the probe's shape by the ranking loss, from another start than E1's and stopped as E1 is.
 
-    Its last step is E1's (`trust`): a step that only one of them had would be a difference that is not the loss's.
+    Its last step is E1's too (`trust`): a step that only one of them had would be a difference that is not the loss's.
     """
-    depth, recipe = train.depth, settings.probe
-    state = torch.random.get_rng_state()
-    torch.manual_seed(recipe.seed + 7919)  # another start than E1's, so that agreement means something
-    critic = Probe(data, train, recipe)
-    torch.random.set_rng_state(state)
-    if recipe.start:
-        critic.begin(data, Lesson(train, val, data.labels, control, critic.unembedding))
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
+    recipe = replace(settings.probe, seed=settings.probe.seed + 7919)
     generator = torch.Generator().manual_seed(recipe.seed)
-    best, kept, stale, epochs = _value(critic, data, val, control), _copy(critic), 0, 0
-    for epoch in range(recipe.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * (0.02 + 0.49 * (1 + math.cos(math.pi * epoch / recipe.epochs)))
-        for batch in walk_text(data, {depth: train}, recipe, generator):
-            scores, log_r = _scores(critic, data, batch[depth], control)
-            loss = ranking_loss(scores, batch[depth].log_p, log_r, settings, generator)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-        epochs += 1
-        value = _value(critic, data, val, control)
-        best, stale, kept = (value, 0, _copy(critic)) if value > best else (best, stale + 1, kept)
-        if stale >= recipe.patience:
-            break
-    critic.load_state_dict(kept)
-    return trusted(
-        Fitted(critic.eval(), control, cross_entropy(control, val, data.labels) - best, epochs), data, val
-    )
 
+    def ranked(scores: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
+        return ranking_loss(scores, log_p, log_r, settings, generator)
 
-def _value(critic: Probe, data: ProbeData, where: Contexts, control: Control) -> float:
-    return float(critic_values(Fitted(critic, control, math.nan, 0), data, where).mean())
-
-
-def _scores(critic: Probe, data: ProbeData, batch: Batch, control: Control) -> tuple[Tensor, Tensor]:
-    where = batch.where
-    log_r = control.log_probs(where.z)
-    return critic(data.inputs(where), where.z, log_r), log_r
-
-
-def _copy(critic: Probe) -> Mapping[str, Tensor]:
-    return {name: value.clone() for name, value in critic.state_dict().items()}
+    depth = train.depth
+    return fit_probes(data, {depth: train}, {depth: val}, {depth: control}, recipe, ranked)[depth]
 
 
 @torch.no_grad()
@@ -115,7 +78,8 @@ def critic_values(critic: Fitted, data: ProbeData, where: Contexts) -> Tensor:
     for rows in batches(where.at.shape[0], 2048):
         some = where.take(rows)
         log_p = labels.rows(some.label_row)
-        scores, log_r = _scores(critic.probe, data, Batch(some, log_p), critic.control)
+        log_r = critic.control.log_probs(some.z)
+        scores = critic.probe(data.inputs(some), some.z, log_r)
         if critic.trust is not None:
             scores = critic.trust.share(log_r, torch.log_softmax(log_r + scores, dim=-1))[:, None] * scores
         parts.append(renormalised(scores, log_p, log_r))

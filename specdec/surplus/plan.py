@@ -149,9 +149,9 @@ QUICK = Plan(
 STANDARD = replace(
     QUICK,
     budget="standard",
-    documents=280,
+    documents=288,
     outcome_share=0.3,
-    predictors=144,
+    predictors=200,
     outcomes=63,
     max_tokens=128,
     depths=(2, 3, 4, 5, 6),

@@ -3,7 +3,8 @@
 q0 is the control r, or its mixture with a linear reader of h in closed form where that does better on validation text
 (`start`); F's last map begins at zero, so ignoring h is always within reach. h and z meet inside F's non-linearity,
 because additive logits recover nothing when only their interaction informs. Trained on the target's own law as soft
-labels. Probes of several depths walk the text together: a row's label law is computed once. Last, validation text says
+labels, the mean of its last weights. Probes of several depths walk the text together: a row's label law is computed
+once. Last, validation text says
 how far each context follows the probe (`trust`). Knows tensors only.
 Dimension legend: T rows, F feature width, M label symbols, e token width, k depth, B batch.
 """
@@ -11,11 +12,12 @@ Dimension legend: T rows, F feature width, M label symbols, e token width, k dep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from specdec.errors import RequestError
 from specdec.surplus.banks import Banks
@@ -29,6 +31,16 @@ from specdec.surplus.trust import Trust, fit_trust
 
 TRUSTED = 4096
 """Validation contexts on which trust is fitted, at most."""
+RECENT = 8
+"""Weights are averaged over about the last 1 / (RECENT + 1) of all steps (Shamir and Zhang 2013, eta)."""
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(scores added to log r, log p, log r), each [n, M] -> a scalar to descend."""
+
+
+def soft_cross_entropy(scores: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
+    """Mean over contexts, nats: E1's objective, and what every objective is stopped on."""
+    return -(log_p.exp() * torch.log_softmax(log_r + scores, dim=-1)).sum(-1).mean()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +267,7 @@ def fit_probes(
     val: Mapping[int, Contexts],
     controls: Mapping[int, Control],
     settings: ProbeSettings,
+    objective: Objective = soft_cross_entropy,
 ) -> dict[int, Fitted]:
     """Train one probe per depth over its control, early-stopped each on its own validation cross-entropy.
 
@@ -275,33 +288,45 @@ def fit_probes(
         for depth, probe in probes.items():
             lesson = Lesson(train[depth], val[depth], data.labels, controls[depth], probe.unembedding)
             probe.begin(data, lesson)
-    course = {depth: _Course(probe, controls[depth]) for depth, probe in probes.items()}
+    course = {depth: _Course(probe, controls[depth], objective) for depth, probe in probes.items()}
     _validate(data, val, course, settings)
     _train(data, train, val, course, settings)
     return {depth: trusted(each.result(), data, val[depth]) for depth, each in course.items()}
 
 
 class _Course:
-    """The mutable side of one depth's training: best state so far and patience used."""
+    """The mutable side of one depth's training: mean weights, the best of them so far and patience used."""
 
-    def __init__(self, probe: Probe, control: Control) -> None:
-        self.probe, self.control = probe, control
-        self.best, self.stale, self.epochs = math.inf, -1, -1
-        self.state = {name: value.clone() for name, value in probe.state_dict().items()}
+    def __init__(self, probe: Probe, control: Control, objective: Objective) -> None:
+        self.probe, self.control, self.objective = probe, control, objective
+        self.best, self.stale, self.epochs, self.steps = math.inf, -1, -1, 0
+        self.mean = self.state = _copy(probe.state_dict())
 
     def loss(self, data: ProbeData, batch: Batch) -> Tensor:
-        """Mean soft cross-entropy of a batch."""
-        where = batch.where
-        base = self.control.log_probs(where.z)
-        log_q = torch.log_softmax(base + self.probe(data.inputs(where), where.z, base), dim=-1)
-        return -(batch.log_p.exp() * log_q).sum(-1).mean()
+        """The objective on a batch."""
+        where, log_r = batch.where, self.control.log_probs(batch.where.z)
+        return self.objective(self.probe(data.inputs(where), where.z, log_r), batch.log_p, log_r)
+
+    @torch.no_grad()
+    def value(self, data: ProbeData, batch: Batch) -> float:
+        """Mean soft cross-entropy of a batch under the mean weights."""
+        where, log_r = batch.where, self.control.log_probs(batch.where.z)
+        scores = functional_call(self.probe, self.mean, (data.inputs(where), where.z, log_r))
+        return float(soft_cross_entropy(scores, batch.log_p, log_r))
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        """Move the mean towards the weights after a step."""
+        self.steps += 1
+        for name, weight in self.probe.state_dict().items():
+            self.mean[name].lerp_(weight, (RECENT + 1) / (self.steps + RECENT))
 
     def note(self, score: float) -> None:
         """Record an epoch's validation value."""
         self.epochs += 1
         if score < self.best:
             self.best, self.stale = score, 0
-            self.state = {name: value.clone() for name, value in self.probe.state_dict().items()}
+            self.state = _copy(self.mean)
         else:
             self.stale += 1
 
@@ -309,6 +334,10 @@ class _Course:
         """The probe at its best epoch."""
         self.probe.load_state_dict(self.state)
         return Fitted(self.probe.eval(), self.control, self.best, self.epochs)
+
+
+def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in weights.items()}
 
 
 def _train(
@@ -334,19 +363,20 @@ def _train(
             loss: Tensor = torch.stack([active[k].loss(data, part) for k, part in batch.items()]).sum()
             torch.autograd.backward(loss)
             optimizer.step()
+            for k in batch:
+                active[k].stepped()
         _validate(data, {depth: val[depth] for depth in active}, active, settings)
         active = {depth: each for depth, each in active.items() if each.stale < settings.patience}
         if not active:
             return
 
 
-@torch.no_grad()
 def _validate(
     data: ProbeData, val: Mapping[int, Contexts], course: Mapping[int, _Course], settings: ProbeSettings
 ) -> None:
     sums = dict.fromkeys(val, 0.0)
     for batch in walk_text(data, val, settings, None):
         for depth, part in batch.items():
-            sums[depth] += float(course[depth].loss(data, part)) * part.where.at.shape[0]
+            sums[depth] += course[depth].value(data, part) * part.where.at.shape[0]
     for depth, where in val.items():
         course[depth].note(sums[depth] / where.at.shape[0])

@@ -14,8 +14,10 @@ from specdec.surplus.probe import (
     Probe,
     ProbeData,
     ProbeSettings,
+    _Course,
     fit_probes,
     permuted,
+    soft_cross_entropy,
     trusted,
     walk_text,
 )
@@ -194,6 +196,20 @@ def test_the_closed_form_is_left_alone_where_h_says_nothing() -> None:
     base = data.labels.rows(train.label_row).exp().mean(0)
     fitted = fit_probes(data, {2: train}, {2: val}, {2: Ngram(base, (), ())}, replace(SMALL, epochs=0))[2]
     assert abs(surplus(fitted, data, test)) < 0.03
+
+
+def test_the_mean_of_weights_forgets_old_steps_and_leaves_the_weights_alone() -> None:
+    data = interaction()
+    probe = Probe(data, data.contexts(2, masks(data)[0]), SMALL)
+    course = _Course(probe, flat(2), soft_cross_entropy)
+    for value in range(1, 101):
+        torch.nn.init.constant_(probe.last.weight, float(value))
+        course.stepped()
+        if value == 1:
+            assert torch.equal(course.mean["last.weight"], probe.last.weight)
+    # by hand: weights of step t in the mean of 100 go like t^8, whose mean is about 9 / 10 of 100
+    assert course.mean["last.weight"].mean().item() == pytest.approx(90.4, abs=0.5)
+    assert probe.last.weight.mean().item() == 100
 
 
 def test_a_probe_that_learned_noise_is_not_followed() -> None:
