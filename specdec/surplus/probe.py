@@ -3,9 +3,8 @@
 q0 is the control r, or its mixture with a linear reader of h in closed form where that does better on validation text
 (`start`); F's last map begins at zero, so ignoring h is always within reach. h and z meet inside F's non-linearity,
 because additive logits recover nothing when only their interaction informs. Trained on the target's own law as soft
-labels, the mean of its last weights. Probes of several depths walk the text together: a row's label law is computed
-once. Last, validation text says
-how far each context follows the probe (`trust`). Knows tensors only.
+labels; a probe is the mean of its last weights, and validation text says how far each context follows it (`trust`).
+Probes of several depths walk the text together: a row's label law is computed once. Knows tensors only.
 Dimension legend: T rows, F feature width, M label symbols, e token width, k depth, B batch.
 """
 
