@@ -79,7 +79,7 @@ def critic_values(critic: Fitted, data: ProbeData, where: Contexts) -> Tensor:
         some = where.take(rows)
         log_p = labels.rows(some.label_row)
         log_r = critic.control.log_probs(some.z)
-        scores = critic.probe(data.inputs(some), some.z, log_r)
+        scores = critic.probe(data.inputs(some), some.z)
         if critic.trust is not None:
             scores = critic.trust.share(log_r, torch.log_softmax(log_r + scores, dim=-1))[:, None] * scores
         parts.append(renormalised(scores, log_p, log_r))

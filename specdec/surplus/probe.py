@@ -1,6 +1,6 @@
 """E1, the nested conditional probe: log q = log softmax(log q0 + U F([norm(h); enc(z)])) (theory.md 2.2).
 
-q0 is the control r, or its mixture with a linear reader of h in closed form where that does better on validation text
+q0 is the control r, with a linear reader of h in closed form on it where that does better on validation text
 (`start`); F's last map begins at zero, so ignoring h is always within reach. h and z meet inside F's non-linearity,
 because additive logits recover nothing when only their interaction informs. Trained on the target's own law as soft
 labels; a probe is the mean of its last weights, and validation text says how far each context follows it (`trust`).
@@ -161,8 +161,8 @@ class Probe(nn.Module):
         state = (_spherical(features) - self.centre) / self.scale
         return torch.cat([state, (self.tokens[z].flatten(1) - self.mean) / self.spread], dim=-1)
 
-    def forward(self, features: Tensor, z: Tensor, log_r: Tensor) -> Tensor:
-        """features [n, F], z int64 [n, k - 1], log r [n, M] -> logits [n, M] to add to log r."""
+    def forward(self, features: Tensor, z: Tensor) -> Tensor:
+        """features [n, F], z int64 [n, k - 1] -> logits [n, M] to add to log r."""
         state = (_spherical(features) - self.centre) / self.scale
         codes = torch.einsum("nse,sew->nsw", self.tokens[z], self.encode).flatten(1)
         hidden: Tensor = self.last(self.body(torch.cat([state, codes], dim=-1)))
@@ -171,7 +171,7 @@ class Probe(nn.Module):
             return hidden @ self.unembedding.T
         spoken = (self.tokens[z].flatten(1) - self.mean) / self.spread
         linear = torch.cat([state, spoken], dim=-1) @ start.weight + start.constant
-        logits: Tensor = (hidden + linear) @ self.unembedding.T + start.bias - start.gate * log_r
+        logits: Tensor = (hidden + linear) @ self.unembedding.T + start.bias
         return logits
 
 
@@ -202,7 +202,7 @@ class Fitted:
     def log_probs(self, data: ProbeData, where: Contexts) -> Tensor:
         """float32 log q [n, M]."""
         log_r = self.control.log_probs(where.z)
-        log_q = torch.log_softmax(log_r + self.probe(data.inputs(where), where.z, log_r), dim=-1)
+        log_q = torch.log_softmax(log_r + self.probe(data.inputs(where), where.z), dim=-1)
         return log_q if self.trust is None else self.trust.log_probs(log_r, log_q)
 
 
@@ -304,13 +304,13 @@ class _Course:
     def loss(self, data: ProbeData, batch: Batch) -> Tensor:
         """The objective on a batch."""
         where, log_r = batch.where, self.control.log_probs(batch.where.z)
-        return self.objective(self.probe(data.inputs(where), where.z, log_r), batch.log_p, log_r)
+        return self.objective(self.probe(data.inputs(where), where.z), batch.log_p, log_r)
 
     @torch.no_grad()
     def value(self, data: ProbeData, batch: Batch) -> float:
         """Mean soft cross-entropy of a batch under the mean weights."""
         where, log_r = batch.where, self.control.log_probs(batch.where.z)
-        scores = functional_call(self.probe, self.mean, (data.inputs(where), where.z, log_r))
+        scores = functional_call(self.probe, self.mean, (data.inputs(where), where.z))
         return float(soft_cross_entropy(scores, batch.log_p, log_r))
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Where a probe starts: a ridge regression of the label's logits on state and tokens, mixed with the control.
+"""Where a probe starts: a ridge regression, on state and tokens, of what the label's logits have beyond the control's.
 
-    log q0 = log softmax((1 - g) log r + g U y + b),    y = closed-form linear map of [norm(h); e(z)]
+    log q0 = log softmax(log r + g U y + b),    y = closed-form linear map of [norm(h); e(z)]
 
 A state holds most of what a draft can use in linear form, and a closed form finds it on a few thousand rows where
 gradient steps do not. Ridge and gate g are chosen on validation text; g = 0 is the control itself and among the
@@ -20,7 +20,7 @@ from specdec.surplus.contract import Contexts
 from specdec.surplus.control import CHUNK, Control, batches
 from specdec.surplus.labels import Labels
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Of the mean diagonal; inputs are standardised."""
 GATES = (0.25, 0.5, 0.75, 1.0)
 SAMPLE = 1024
@@ -72,8 +72,8 @@ def fit_start(inputs: Inputs, lesson: Lesson) -> Start:
         constant = y_mean - x_mean @ weight
         seen, held = ((rows.inputs @ weight + constant) @ lesson.unembedding.T for rows in (train, val))
         for gate in GATES:
-            bias = _match((1 - gate) * train.control + gate * seen, train.probs)
-            value = val.cross_entropy((1 - gate) * val.control + gate * held + bias)
+            bias = _match(train.control + gate * seen, train.probs)
+            value = val.cross_entropy(val.control + gate * held + bias)
             if value < best:
                 best, found = value, Start(gate, gate * weight, gate * constant, bias)
     return found
@@ -104,7 +104,7 @@ def _match(logits: Tensor, probs: Tensor) -> Tensor:
 
 
 def _moments(inputs: Inputs, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Covariances [I, I] and [I, d] and means of inputs and of the states whose logits the labels are."""
+    """Covariances [I, I] and [I, d] and means of inputs and of the states whose logits lead from control to labels."""
     centred = lesson.unembedding - lesson.unembedding.mean(0)
     gram = centred.T @ centred
     solver = torch.linalg.solve(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)), centred.T).T
@@ -112,7 +112,8 @@ def _moments(inputs: Inputs, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
     for rows in batches(lesson.train.at.shape[0], CHUNK):
         some = lesson.train.take(rows)
         x, log_p = inputs(some), lesson.labels.rows(some.label_row).clamp_min(-30.0)
-        y = (log_p - log_p.mean(-1, keepdim=True)) @ solver
+        beyond = log_p - lesson.control.log_probs(some.z).clamp_min(-30.0)
+        y = (beyond - beyond.mean(-1, keepdim=True)) @ solver
         inner, cross = inner + x.T @ x, cross + x.T @ y
         x_sum, y_sum = x_sum + x.sum(0), y_sum + y.sum(0)
     n = lesson.train.at.shape[0]

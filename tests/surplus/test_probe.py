@@ -78,8 +78,7 @@ def test_probe_starts_exactly_at_its_control() -> None:
     data = interaction()
     where = data.contexts(2, masks(data)[0])
     probe = Probe(data, where, SMALL)
-    log_r = torch.full((where.at.shape[0], 2), 0.5).log()
-    assert torch.equal(probe(data.inputs(where), where.z, log_r), torch.zeros(where.at.shape[0], 2))
+    assert torch.equal(probe(data.inputs(where), where.z), torch.zeros(where.at.shape[0], 2))
 
 
 def test_probe_recovers_what_only_the_interaction_of_h_and_z_tells() -> None:
