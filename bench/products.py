@@ -21,9 +21,12 @@ from torch.nn import functional as F
 
 from bench.ceilings import Ceiling, ceilings, layer_seconds
 from bench.record import append
-from specdec.fused.product import GATED, Cut, Kind, Trial, candidates
+from specdec.fused.product import ROWS, Cut, Kind, Trial, candidates
 
-BLOCKS: tuple[Cut, ...] = ((2, 1024, 4), (2, 2048, 4), (1, 4096, 4), (4, 1024, 4), (4, 2048, 8), (8, 1024, 8))
+BLOCKS = (
+    Cut(1, 2048, 4), Cut(2, 1024, 4), Cut(2, 2048, 8), Cut(4, 2048, 8), Cut(8, 1024, 8), Cut(2, 4096, 8),
+    Cut(4, 4096, 8), Cut(1, 4096, 4), Cut(4, 512, 4), Cut(8, 512, 4),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +38,14 @@ class Product:
     inputs: int
     outputs: int
     norm: bool = False
-    gate: bool = False
+    paired: bool = False
     plus: bool = False
 
 
 def _layer(model: str, hidden: int, kv: int, intermediate: int, vocab: int) -> list[Product]:
     return [Product(model, "qkv", hidden, hidden + 2 * kv, norm=True), Product(model, "out", hidden, hidden, plus=True),
-            Product(model, "gate_up", hidden, 2 * intermediate, norm=True),
-            Product(model, "down", intermediate, hidden, gate=intermediate <= GATED, plus=True),
+            Product(model, "gate_up", hidden, intermediate, norm=True, paired=True),
+            Product(model, "down", intermediate, hidden, plus=True),
             Product(model, "head", hidden, vocab)]  # fmt: skip
 
 
@@ -50,11 +53,15 @@ PRODUCTS = [*_layer("135m", 576, 192, 1536, 49152), *_layer("8b", 4096, 1024, 14
 
 
 def measure(
-    product: Product, blocks: Sequence[Cut], ceiling: Ceiling, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    product: Product, blocks: Sequence[Cut], ceiling: Ceiling, device: torch.device,
+    dtype: torch.dtype = torch.bfloat16, rows: int = 1,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row for cuBLAS with its company, one for each cut; on a CPU for the plain product alone."""
-    size = product.inputs * product.outputs * dtype.itemsize
-    shared = {"kind": "product", **asdict(product), "floor_us": size / ceiling.bytes * 1e6}
+    kind = Kind(
+        product.inputs, product.outputs, dtype, device, product.norm, product.paired, product.plus, rows
+    )
+    size = kind.nbytes
+    shared = {"kind": "product", **asdict(product), "rows": rows, "floor_us": size / ceiling.bytes * 1e6}
     if device.type != "cuda":
         x, weight = torch.randn(1, product.inputs), torch.randn(product.outputs, product.inputs)
         yield {
@@ -63,28 +70,26 @@ def measure(
             "us": layer_seconds(lambda _: F.linear(x, weight), 1, device) * 1e6,
         }
         return
-    trial = Trial.of(
-        Kind(product.inputs, product.outputs, dtype, device, product.norm, product.gate, product.plus)
-    )
+    trial = Trial.of(kind)
     wanted, count = trial.theirs(0).double(), len(trial.weights)
     yield {**shared, "backend": "cublas", "us": layer_seconds(trial.theirs, count, device) * 1e6}
-    for cut in dict.fromkeys([*candidates(trial.kind), *blocks]):
+    for cut in dict.fromkeys([*candidates(kind), *(blocks if rows == 1 else ())]):
 
         def ours(index: int, cut: Cut = cut) -> Tensor:
             return trial.ours(index, cut)
 
         error = float((ours(0).double() - wanted).norm() / wanted.norm())
-        yield {**shared, "backend": f"ours {cut}", "us": layer_seconds(ours, count, device) * 1e6,
+        yield {**shared, "backend": f"ours {tuple(cut)}", "us": layer_seconds(ours, count, device) * 1e6,
                "relative_error": error, "wrong": not error < 1e-2}  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Microseconds: the floor, cuBLAS, and the best of what was tried."""
-    made = Table("model", "product", "floor us", "cublas", "best", "by")
-    for key, group in itertools.groupby(rows, key=lambda r: (r["model"], r["name"])):
+    made = Table("model", "product", "rows", "floor us", "cublas", "best", "by")
+    for key, group in itertools.groupby(rows, key=lambda r: (r["model"], r["name"], r["rows"])):
         blas, *more = list(group)
         best = min(more, key=lambda r: float(r["us"]), default=blas)
-        made.add_row(*key, *(f"{v:.2f}" for v in (blas["floor_us"], blas["us"], best["us"])),
+        made.add_row(*map(str, key), *(f"{v:.2f}" for v in (blas["floor_us"], blas["us"], best["us"])),
                      best["backend"] + (" WRONG" if best.get("wrong") else ""))  # fmt: skip
     return made
 
@@ -93,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure all; exit code 1 where a result is wrong."""
     parser = argparse.ArgumentParser(prog="bench.products", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["135m", "8b"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=ROWS)
     parser.add_argument(
         "--try-blocks", action="store_true", help="also other cuts than those a start-up tries"
     )
@@ -100,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, ceiling = torch.device("cuda"), ceilings()
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for product in PRODUCTS:
+        for product, count in itertools.product(PRODUCTS, args.rows):
             if product.model in args.models:
-                fresh = list(measure(product, BLOCKS if args.try_blocks else (), ceiling, device))
+                blocks = BLOCKS if args.try_blocks else ()
+                fresh = list(measure(product, blocks, ceiling, device, rows=count))
                 append("kernels", fresh)
                 rows += fresh
     Console(width=140).print(table(rows))

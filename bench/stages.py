@@ -135,7 +135,7 @@ def run_steps(setting: Setting) -> None:
 
 def run_speed(setting: Setting) -> None:
     """Tokens per second on the evaluation sets against our plain loop and transformers."""
-    few, tokens, small = (1, 8, Shape(2, 2, 4)) if setting.smoke else (2, 128, None)
+    few, tokens, small = (1, 8, Shape(2, 2, 4)) if setting.smoke else (2, 96, None)
     speed.run(
         setting.prompts(), setting.target, [setting.head], setting.options(tree=small), Sampling(max_tokens=tokens),
         limit=few, repeats=1, with_transformers=True, tick=lambda _name, _steps: lambda: None,

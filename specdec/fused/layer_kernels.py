@@ -1,4 +1,4 @@
-"""The Triton kernels of a decoder layer: norm, gated activation, rotary placing, products of a few rows.
+"""The Triton kernels of a decoder layer around its products: norm, gated activation, rotary placing.
 
 Imported only by functions that are about to launch or compile them, because it imports triton. The small ones round
 where torch's operations would.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec.fused.overlap_kernels import wait_for_others
+from specdec.fused.overlap_kernels import fetch_ahead, wait_for_others
 
 
 @triton.jit
@@ -38,11 +38,11 @@ def gate_kernel(x, y, width, BLOCK: tl.constexpr):
     inside = at < width
     gate = tl.load(x + row * 2 * width + at, mask=inside, other=0.0)
     up = tl.load(x + row * 2 * width + width + at, mask=inside, other=0.0)
-    tl.store(y + row * width + at, _gated(gate, up), mask=inside)
+    tl.store(y + row * width + at, activated(gate, up), mask=inside)
 
 
 @triton.jit
-def _gated(gate, up):
+def activated(gate, up):
     wide = gate.to(tl.float32)
     active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
     return (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
@@ -50,16 +50,23 @@ def _gated(gate, up):
 
 @triton.jit
 def place_kernel(
-    heads, cos, sin, positions, keys, values, slots, indices, rows, kv_slot, kv_head, kv_row,
+    heads, cos, sin, positions, keys, values, slots, indices, ahead, count, rows, kv_slot, kv_head, kv_row,
     TURNED: tl.constexpr, QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCKS: tl.constexpr, FETCHERS: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one row: queries are turned where they are, keys turned and stored, values stored.
 
-    Grid (B * N, blocks of heads). heads [B, N, QUERIES + 2 * KV_HEADS, 2 * HALF] dense; cos, sin [positions, 2 * HALF],
-    the first half of the sine negated; positions, indices int64 [B, N]; keys, values [slots, KV_HEADS, length,
-    2 * HALF] by strides.
+    Grid (B * N, BLOCKS of heads + FETCHERS). heads [B, N, QUERIES + 2 * KV_HEADS, 2 * HALF] dense; cos, sin [positions,
+    2 * HALF], the first half of the sine negated; positions, indices int64 [B, N]; keys, values [slots, KV_HEADS,
+    length, 2 * HALF] by strides. Attention, which comes next, leaves the bus idle: the FETCHERS bring the `count`
+    elements at `ahead`, of a matrix that is multiplied after it, into the L2 cache meanwhile. They have no heads,
+    and are for a single row.
     """
+    if FETCHERS > 0:  # noqa: SIM102 (this one is the compiler's)
+        if tl.program_id(1) >= BLOCKS:
+            share = tl.cdiv(tl.cdiv(count, FETCHERS), 8) * 8
+            start = (tl.program_id(1) - BLOCKS).to(tl.int64) * share
+            fetch_ahead(ahead + start, tl.minimum(count - start, share).to(tl.int32), 64)
     wait_for_others()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -92,46 +99,3 @@ def _turn(x, other, cos, sin, at, there):
     across = tl.load(sin + at, mask=there, other=0.0).to(tl.float32)[None, :]
     product = (x.to(tl.float32) * by).to(x.dtype).to(tl.float32)
     return (product + other.to(tl.float32) * across).to(x.dtype)
-
-
-@triton.jit
-def product_kernel(
-    x, weight, bias, plus, factor, y, inputs, outputs, eps,
-    GATED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-):  # fmt: skip
-    """y = before(x) W^T + bias + plus for one row: every program reads its rows of W once, and all of x.
-
-    Grid (blocks of outputs,). x [inputs] (twice as long where GATED), weight [outputs, inputs], plus and y [outputs].
-    `before` is the gated activation, or the norm of weight `factor`, or nothing; `bias`, `plus` and `factor` may
-    be None, which drops their code. A norm scales the whole row, so that its scale can come last: it is found on the
-    way, and the normed row is never rounded. Nobody writes weights: the first of them are read before waiting.
-    """
-    out, column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
-    there = out < outputs
-    matrix = weight + out.to(tl.int64)[:, None] * inputs
-    block = tl.load(matrix + column[None, :], mask=there[:, None] & (column < inputs)[None, :], other=0.0)
-    wait_for_others()
-    squares = tl.zeros([BLOCK_IN], tl.float32)
-    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # summed up once, at the end
-    for start in range(0, inputs, BLOCK_IN):
-        at = start + column
-        value = tl.load(x + at, mask=at < inputs, other=0.0)
-        if GATED:
-            value = _gated(value, tl.load(x + inputs + at, mask=at < inputs, other=0.0))
-        value = value.to(tl.float32)
-        if factor is not None:
-            squares += value * value
-            value *= tl.load(factor + at, mask=at < inputs, other=0.0).to(tl.float32)
-        acc += value[None, :] * block.to(tl.float32)
-        at += BLOCK_IN
-        block = tl.load(matrix + at[None, :], mask=there[:, None] & (at < inputs)[None, :], other=0.0)
-    made = tl.sum(acc, 1)
-    if factor is not None:
-        made *= tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
-    if bias is not None:
-        made += tl.load(bias + out, mask=there, other=0.0).to(tl.float32)
-    if plus is not None:
-        made = made.to(y.dtype.element_ty).to(tl.float32) + tl.load(plus + out, mask=there, other=0.0).to(
-            tl.float32
-        )
-    tl.store(y + out, made.to(y.dtype.element_ty), mask=there)

@@ -23,3 +23,22 @@ def wait_for_others():
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def fetch_ahead(pointer, count, LANES: tl.constexpr):
+    """Bring `count` elements from `pointer` on into the L2 cache, in bulk; nobody waits for them.
+
+    Both `pointer` and the bytes asked for are multiples of 16. LANES: threads that share the asking.
+    """
+    if OVERLAPS:
+        width: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+        share = tl.cdiv(count * width, LANES * 16) * 16
+        at = tl.arange(0, LANES) * share
+        size = tl.minimum(count * width - at, share)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
+            " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [pointer.to(tl.uint64, bitcast=True) + at.to(tl.uint64), size], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip

@@ -1,8 +1,8 @@
-"""A layer's product for a single row in one launch, with what comes before and after; where it beats cuBLAS here.
+"""A layer's product for few rows in one launch, with what comes before and after; where it beats cuBLAS here.
 
-Decoding one token reads every matrix once and multiplies it by one row. Which of the two is faster depends on the
-matrix and the machine, so each size is tried once, at the first forward, on matrices that no cache holds.
-Dimension legend: W inputs, O outputs.
+Decoding one token reads every matrix once and multiplies it by one row, a small tree by as many rows as nodes. Which of
+the two is faster depends on the matrix and the machine, so each size is tried once, at the first forward, on matrices
+that no cache holds. Dimension legend: R rows, W inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -10,89 +10,144 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specdec.fused.available import applies, launching
+from specdec.fused.available import applies, launching, power
 from specdec.fused.layer import gate, norm
 
-POOL = 2**28  # bytes of matrices that a trial walks, several times any L2; larger ones are left to cuBLAS
-MOST, REPEATS = 32, 5  # matrices of a trial; runs of it
+POOL = (
+    2**29
+)  # bytes of matrices that a trial walks, several times any L2 cache; a larger one is tried by itself
+MOST, REPEATS = 128, 5  # matrices of a trial; runs of it
 SHORT = 1024  # inputs that one step takes whole
-GATED = 4096  # inputs beyond which activating them in every program costs more than a launch
+ROWS = (1, 16, 32, 64)  # numbers of rows that kernels are cut for
+SMALL = 2**24  # bytes of a matrix beyond which several rows are left to cuBLAS
 
-Cut = tuple[int, int, int]
-"""Outputs of a program, inputs of a step, warps."""
+
+class Cut(NamedTuple):
+    """Outputs of a program, inputs of a step, warps; and for several rows, steps under way."""
+
+    out: int
+    into: int
+    warps: int
+    stages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A product and what goes with it: sizes, dtype, and whether a norm, a gate or a residual does."""
+    """A product and what goes with it: sizes, dtype, and whether a norm or a residual does.
+
+    `outputs` are what comes out; where `paired`, the matrix has twice as many, for the gated activation. `rows` is one
+    of ROWS, the least that is enough.
+    """
 
     inputs: int
     outputs: int
     dtype: torch.dtype
     device: torch.device
     norm: bool
-    gate: bool
+    paired: bool
     plus: bool
+    rows: int = 1
+
+    @property
+    def lines(self) -> int:
+        """Of the matrix."""
+        return self.outputs * (2 if self.paired else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrix."""
+        return self.lines * self.inputs * self.dtype.itemsize
 
 
 _cuts: dict[Kind, Cut | None] = {}
 
 
-def cut_for(x: Tensor, weight: Tensor, *, norm: bool, gate: bool, plus: bool) -> Cut | None:
-    """How to cut this product, if it is one for the kernel: a single row, where a trial found it faster."""
-    if not applies(x) or x.dtype != weight.dtype or x.numel() != x.shape[-1]:
+def cut_for(x: Tensor, weight: Tensor, *, norm: bool, paired: bool, plus: bool) -> Cut | None:
+    """How to cut this product, if it is one for the kernels: few rows, where a trial found them faster."""
+    if not applies(x) or x.dtype != weight.dtype or x.numel() > ROWS[-1] * x.shape[-1]:
         return None
-    kind = Kind(weight.shape[1], weight.shape[0], x.dtype, x.device, norm, gate, plus)
+    outputs = weight.shape[0] // (2 if paired else 1)
+    kind = Kind(
+        weight.shape[1], outputs, x.dtype, x.device, norm, paired, plus, _enough(x.numel() // x.shape[-1])
+    )
     if kind not in _cuts:
         if torch.cuda.is_current_stream_capturing():
             return None  # nothing can be timed now
-        _cuts[kind] = _tried(kind)
+        _cuts[kind] = _tried(kind, weight)
     return _cuts[kind]
+
+
+def _enough(rows: int) -> int:
+    return next(most for most in ROWS if rows <= most)
 
 
 def candidates(kind: Kind) -> list[Cut]:
     """Cuts worth trying: long loads for each thread, programs for every multiprocessor."""
-    if kind.inputs * kind.outputs * kind.dtype.itemsize > POOL or (kind.gate and kind.inputs > GATED):
-        return []
+    halves = 2 if kind.paired else 1  # each output takes two lines of the matrix
+    if kind.rows > 1:
+        return _tiles(kind, halves)
     if kind.inputs <= SHORT:
-        return [(4, 1 << (kind.inputs - 1).bit_length(), 4)]
-    return [(2, 2048, 4), (4, 1024, 4)]
+        return [Cut(4 // halves, power(16, kind.inputs), 4)]
+    if 2048 < kind.inputs <= 4096:  # all of a line at once keeps more of it on its way
+        return [Cut(4 // halves, 1024, 4), *(Cut(out, 4096, 4) for out in (2, 1)[halves - 1 :])]
+    return [Cut(4 // halves, 1024, 4), Cut(2 // halves, 2048, 4)]
+
+
+def _tiles(kind: Kind, halves: int) -> list[Cut]:
+    """Cuts for several rows: the matrices of small models, which launches cost more than reading them."""
+    wide = 16 if kind.lines <= 2048 else 32 // halves
+    fits = kind.dtype.itemsize == 2 and kind.inputs % 8 == 0 and kind.outputs % wide == 0
+    if not fits or kind.nbytes > SMALL or (kind.norm and kind.rows > 32):
+        return []
+    warps = (4,) if wide == 32 or kind.rows == 64 else (2, 4) if kind.norm else (2,)
+    return [Cut(wide, 128, count, 4) for count in warps]
 
 
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut, *, plus: Tensor | None = None,
-    factor: Tensor | None = None, eps: float = 0.0, gated: bool = False,
+    factor: Tensor | None = None, eps: float = 0.0, paired: bool = False,
 ) -> Tensor:  # fmt: skip
-    """before(x) W^T + bias + plus for one row, in one launch.
+    """after(norm(x) W^T + bias) + plus for a few rows, in one launch.
 
     Args:
-        x: [..., W], or [..., 2 * W] where `gated`: then the gated activation comes first; one row.
-        weight: [O, W]; bias: [O] or None.
+        x: [..., W], R rows in all, at most 64.
+        weight: [O, W]; bias: [O] or None. Twice as many where `paired`: then `after` is the gated activation, of
+            lines o and O + o.
         plus: [..., O], added at the end.
         factor: weight [W] of a norm of `eps` that comes first.
 
     Returns: [..., O] of x's dtype. Sums are float32.
     """
-    from specdec.fused.layer_kernels import product_kernel
+    from specdec.fused import product_kernels as kernels
 
-    outputs, inputs = weight.shape
+    lines, inputs = weight.shape
+    outputs, rows = lines // (2 if paired else 1), x.numel() // inputs
     y = x.new_empty(*x.shape[:-1], outputs)
-    block_out, block_in, warps = cut
-    product_kernel[(-(-outputs // block_out),)](
-        x.contiguous(), weight, bias, None if plus is None else plus.contiguous(), factor, y, inputs, outputs, eps,
-        GATED=gated, BLOCK_OUT=block_out, BLOCK_IN=block_in, num_warps=warps, **launching(),
-    )  # fmt: skip
+    grid = (-(-outputs // cut.out),)
+    given = (x.contiguous(), weight, bias, None if plus is None else plus.contiguous(), factor, y)
+    sizes = {
+        "PAIRED": paired,
+        "BLOCK_OUT": cut.out,
+        "BLOCK_IN": cut.into,
+        "num_warps": cut.warps,
+    } | launching()
+    if rows == 1:
+        kernels.row_kernel[grid](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
+    else:
+        kernels.rows_kernel[grid](*given, rows, inputs, outputs, eps, BLOCK_ROWS=max(16, _enough(rows)),
+                                  STAGES=cut.stages, **sizes)  # fmt: skip
     return y
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Random matrices and a row for one kind of product, and ways to multiply them by number of the matrix."""
+    """Random matrices and rows for one kind of product, and ways to multiply them by number of the matrix."""
 
     kind: Kind
     weights: Tensor
@@ -101,38 +156,41 @@ class Trial:
     residual: Tensor | None
 
     @staticmethod
-    def of(kind: Kind) -> Trial:
+    def of(kind: Kind, weight: Tensor | None = None) -> Trial:
+        """Given a `weight` that fills any cache, nothing but it is multiplied."""
         draws = torch.Generator(kind.device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=draws, device=kind.device).to(kind.dtype)
 
-        count = max(1, min(MOST, POOL // (kind.inputs * kind.outputs * kind.dtype.itemsize)))
-        weights = torch.empty(count, kind.outputs, kind.inputs, dtype=kind.dtype, device=kind.device)
-        weights.normal_(0, kind.inputs**-0.5, generator=draws)
-        return Trial(kind, weights, draw(1, 1, kind.inputs * (2 if kind.gate else 1)),
-                     draw(kind.inputs) if kind.norm else None,
-                     draw(1, 1, kind.outputs) if kind.plus else None)  # fmt: skip
+        if weight is None:
+            count = max(1, min(MOST, POOL // kind.nbytes))
+            weights = torch.empty(count, kind.lines, kind.inputs, dtype=kind.dtype, device=kind.device)
+            weights.normal_(0, kind.inputs**-0.5, generator=draws)
+        else:
+            weights = weight.detach()[None]
+        return Trial(kind, weights, draw(1, kind.rows, kind.inputs), draw(kind.inputs) if kind.norm else None,
+                     draw(1, kind.rows, kind.outputs) if kind.plus else None)  # fmt: skip
 
     def theirs(self, index: int) -> Tensor:
-        """By cuBLAS, and our small kernels before it."""
-        x = gate(self.x) if self.kind.gate else self.x
-        x = x if self.factor is None else norm(x, self.factor, 1e-5)
-        if self.residual is None:
-            return F.linear(x, self.weights[index])
-        return torch.addmm(self.residual[0], x[0], self.weights[index].t())[None]
+        """By cuBLAS, and our small kernels around it."""
+        x = self.x if self.factor is None else norm(self.x, self.factor, 1e-5)
+        if self.residual is not None:
+            return torch.addmm(self.residual[0], x[0], self.weights[index].t())[None]
+        y = F.linear(x, self.weights[index])
+        return gate(y) if self.kind.paired else y
 
     def ours(self, index: int, cut: Cut) -> Tensor:
         """By the kernel."""
         return product(self.x, self.weights[index], None, cut, plus=self.residual, factor=self.factor, eps=1e-5,
-                       gated=self.kind.gate)  # fmt: skip
+                       paired=self.kind.paired)  # fmt: skip
 
 
-def _tried(kind: Kind) -> Cut | None:
+def _tried(kind: Kind, weight: Tensor) -> Cut | None:
     cuts = candidates(kind)
     if not cuts:
         return None
-    trial = Trial.of(kind)
+    trial = Trial.of(kind, weight if kind.nbytes > POOL else None)
     least, best = _milliseconds(trial.theirs, len(trial.weights)), None
     for cut in cuts:
         taken = _milliseconds(functools.partial(trial.ours, cut=cut), len(trial.weights))

@@ -119,7 +119,7 @@ class DraftHead(nn.Module):
         packed = self.qkv(x).view(b, n, c.heads + 2 * c.kv_heads, c.head_dim)
         seen = attend(Heads(packed, c.kv_heads, angles), self.scale)
         a = self.out(seen.reshape(b, n, -1), plus=residual)
-        y: Tensor = self.down(self.gate_up(a, norm=self.mlp_norm), gate=True, plus=a, reuse=True)
+        y: Tensor = self.down(self.gate_up(a, norm=self.mlp_norm, activated=True), plus=a, reuse=True)
         return y
 
     def feedback(self, y: Tensor) -> Tensor:

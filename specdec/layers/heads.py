@@ -36,15 +36,19 @@ class Heads:
         qk = rotate(self.packed[:, :, :values], *self.angles.values())
         return qk[:, :, :keys], qk[:, :, keys:], self.packed[:, :, values:]
 
-    def store(self, cache: KVCache, layer: int, index: RowIndex) -> Tensor:
-        """Write turned keys and values to a layer of the cache; turned queries [B, N, Q, D], `packed` is used up."""
+    def store(self, cache: KVCache, layer: int, index: RowIndex, ahead: Tensor | None = None) -> Tensor:
+        """Write turned keys and values to a layer of the cache; turned queries [B, N, Q, D], `packed` is used up.
+
+        Args:
+            ahead: a weight that is wanted right after attention, to be brought nearer meanwhile where that helps.
+        """
         plane, queries = cache.kv[layer], self.packed.shape[2] - 2 * self.kv_heads
         if native.can_place(self.packed, plane):
             native.place(self.packed, *self.angles.values(), plane, index.slots, index.indices)
             return self.packed[:, :, :queries]
         if fused.can_place(self.packed, plane):
             rope, positions = self.angles.rope, self.angles.positions
-            fused.place(self.packed, rope.cos, rope.sin, positions, plane, index.slots, index.indices)
+            fused.place(self.packed, rope.cos, rope.sin, positions, plane, index.slots, index.indices, ahead)
             return self.packed[:, :, :queries]
         query, key, value = self.turned()
         cache.write(layer, index, key, value)

@@ -109,30 +109,33 @@ class Projection(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, *, norm: RMSNorm | None = None, gate: bool = False, plus: Tensor | None = None,
+        self, x: Tensor, *, norm: RMSNorm | None = None, activated: bool = False, plus: Tensor | None = None,
         reuse: bool = False,
     ) -> Tensor:  # fmt: skip
-        """plus + W before(x) + b, with as few launches as the device allows.
+        """plus + after(W norm(x) + b), with as few launches as the device allows.
 
         Args:
-            x: [..., inputs], or [..., 2 * inputs] where `gate`.
-            norm: applied to x first; gate: the gated activation is.
+            x: [..., inputs].
+            norm: applied to x first.
+            activated: `after` is the gated activation, which halves the outputs; not with `plus`.
             plus: [..., outputs], a residual; its memory may be overwritten where `reuse`.
 
-        Returns: [..., outputs].
+        Returns: [..., outputs], or [..., outputs / 2] where `activated`.
         """
         cut = None
         if self.packed is None:
-            cut = product.cut_for(x, self.weight, norm=norm is not None, gate=gate, plus=plus is not None)
+            cut = product.cut_for(
+                x, self.weight, norm=norm is not None, paired=activated, plus=plus is not None
+            )
         if cut is not None:
             factor, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
             return product.product(
-                x, self.weight, self.bias, cut, plus=plus, factor=factor, eps=eps, gated=gate
+                x, self.weight, self.bias, cut, plus=plus, factor=factor, eps=eps, paired=activated
             )
         x = x if norm is None else norm(x)
-        x = gated(x) if gate else x
         if plus is None:
-            return self._product(x)
+            y = self._product(x)
+            return gated(y) if activated else y
         if reuse and self.bias is None and plus.is_contiguous() and applies(x):
             plus.view(-1, self.outputs).addmm_(x.reshape(-1, self.inputs), self.weight.t())
             return plus

@@ -136,10 +136,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, step: Step, layer: int, plan: Any) -> Tensor:
         """x: [B, N, H] -> [B, N, H]; the memory of x may be overwritten."""
         heads = Heads(self._heads(x), self.kv_heads, step.angles)
-        queries = heads.store(step.cache, layer, step.rows.index)
+        queries = heads.store(step.cache, layer, step.rows.index, self.out.weight)
         seen = step.attention.attend(queries, step.cache, layer, plan, self.scale)
         x = self.out(seen.flatten(2), plus=x, reuse=True)
-        y: Tensor = self.down(self.gate_up(x, norm=self.mlp_norm), gate=True, plus=x, reuse=True)
+        y: Tensor = self.down(self.gate_up(x, norm=self.mlp_norm, activated=True), plus=x, reuse=True)
         return y
 
     def _heads(self, x: Tensor) -> Tensor:

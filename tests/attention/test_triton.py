@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import tell, told
+from sm90 import assembled, spilled
 from torch import Tensor
 
 from specdec.attention import triton
@@ -209,18 +209,13 @@ TILES: dict[str, dict[str, Any]] = {
 def test_no_register_spills_on_sm_90(name: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     report = compile_for_sm_90(tmp_path, **TILES[name])
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spilled is not None and spilled.groups() == ("0", "0"), report
+    assert spilled(report) == (0, 0), report
 
 
 def compile_for_sm_90(folder: Path, *, packed: int, head_dim: int, pairs: int = 8, words: int = 1,
                       dtype: torch.dtype = torch.bfloat16, window: bool = False, softcap: bool = False,
                       group: int = 4, kv_heads: int = 8) -> str:  # fmt: skip
     """What ptxas says of the kernel that a launch of this shape would use."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource, compile
-
     from specdec.attention.triton_kernels import split_kernel
 
     cut = tiling(packed, pairs, 8192, head_dim, dtype, words, multiprocessors=132)
@@ -233,15 +228,10 @@ def compile_for_sm_90(folder: Path, *, packed: int, head_dim: int, pairs: int = 
     kinds = {name: "i32" for name in split_kernel.arg_names} | {"scale": "fp32", "softcap": "fp32"}
     kinds |= dict.fromkeys(["slots", "lengths", "ancestors", "positions", "tree_positions"], "*i64")
     kinds |= dict.fromkeys(["q", "k", "v", "out"], "*bf16" if dtype == torch.bfloat16 else "*fp32")
-    kinds |= dict.fromkeys(["partial", "lse"], "*fp32") | dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(["partial", "lse"], "*fp32")
     even = ["q", "k", "v", "out", "partial", "q_request", "q_node", "q_head", "kv_slot", "kv_head", "kv_row"]
-    divisible = {(split_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
-    source = ASTSource(split_kernel, kinds, constexprs=constants, attrs=divisible)
-    options = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    (folder / "kernel.ptx").write_text(built.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(folder / "kernel.ptx"), "-o", os.devnull]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return assembled(split_kernel, kinds, constants, even, options, folder)
 
 
 @pytest.mark.parametrize(

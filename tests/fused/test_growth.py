@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import pytest
 import torch
 from host_reads import HostReads
 from interpreted import tell, told
+from sm90 import assembled, spilled
 from tiny_head import HIDDEN, Embed, tiny_head
 from torch import Tensor
 
@@ -241,40 +241,25 @@ def compiled(name: str, vocabulary: int, width: int = 10, nodes: int = 60) -> tu
 @pytest.mark.parametrize("vocabulary", [8192, 32000, 128256])
 @pytest.mark.parametrize("name", ["shares", "first level", "level"])
 def test_no_register_spills_at_a_level(name: str, vocabulary: int, tmp_path: Path) -> None:
-    assert spills(tmp_path, *compiled(name, vocabulary)) == ("0", "0")
+    assert spills(tmp_path, *compiled(name, vocabulary)) == (0, 0)
 
 
 @pytest.mark.parametrize("nodes", [60, 64])
 @pytest.mark.parametrize("name", ["rerank", "walk"])
 def test_no_register_spills_at_the_end(name: str, nodes: int, tmp_path: Path) -> None:
-    assert spills(tmp_path, *compiled(name, 8192, 10 if nodes == 60 else growth.WIDEST, nodes)) == ("0", "0")
+    assert spills(tmp_path, *compiled(name, 8192, 10 if nodes == 60 else growth.WIDEST, nodes)) == (0, 0)
 
 
-def spills(folder: Path, name: str, constants: dict[str, Any], warps: int) -> tuple[str, ...]:
+def spills(folder: Path, name: str, constants: dict[str, Any], warps: int) -> tuple[int, int]:
     """Bytes of (stores, loads) that ptxas spills on sm_90."""
     pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource, compile
-
     from specdec.fused import growth_kernels, walk_kernels
 
     kernel = getattr(walk_kernels if name == "walk_kernel" else growth_kernels, name)
     kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("logits", "y", "new_y"), "*bf16")
-    kinds |= (
-        dict.fromkeys(WORDS, "*i64") | dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(constants, "constexpr")
-    )
-    kinds = {argument: kinds[argument] for argument in kernel.arg_names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] == "*"}
-    source = ASTSource(kernel, kinds, constexprs=constants, attrs=divisible)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    (folder / "kernel.ptx").write_text(built.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(folder / "kernel.ptx"), "-o", os.devnull]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spilled is not None, report
-    return spilled.groups()
+    kinds |= dict.fromkeys(WORDS, "*i64") | dict.fromkeys(FLOATS, "*fp32")
+    pointers = [n for n in kernel.arg_names if kinds[n][0] == "*" and n not in constants]
+    return spilled(assembled(kernel, kinds, constants, pointers, {"num_warps": warps}, folder))
 
 
 class Recorder:

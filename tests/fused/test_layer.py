@@ -6,9 +6,6 @@ tests/attention/test_triton.py does.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import tell, told
+from sm90 import assembled, spilled
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -73,28 +71,31 @@ def place_case(queries: int, kv_heads: int, size: int, dtype: torch.dtype) -> fl
     query, key, value = heads.turned()
     theirs.write(1, index, key, value)
     rope = angles.rope
-    layer.place(packed, rope.cos, rope.sin, index.indices, ours.kv[1], slots, index.indices)
+    ahead = draw(40, 80, dtype=dtype)
+    layer.place(packed, rope.cos, rope.sin, index.indices, ours.kv[1], slots, index.indices, ahead)
     assert not ours.kv[0].any(), "wrote to another layer"
     return max(off(packed[:, :, :queries], query), off(ours.kv, theirs.kv))
 
 
-def product_case(inputs: int, outputs: int, dtype: torch.dtype, before: str = "", bias: bool = False,
-                 plus: bool = False, cut: product.Cut = (4, 64, 4)) -> float:  # fmt: skip
-    x = draw(1, 1, 2 * inputs if before == "gate" else inputs, dtype=dtype)
-    weight, factor = draw(outputs, inputs, dtype=dtype, seed=1), draw(inputs, dtype=dtype, seed=2)
-    shift = draw(outputs, dtype=dtype, seed=3) if bias else None
-    residual = draw(1, 1, outputs, dtype=dtype, seed=4) if plus else None
-    got = product.product(x, weight, shift, cut, plus=residual, factor=factor if before == "norm" else None,
-                          eps=1e-5, gated=before == "gate")  # fmt: skip
-    if before == "norm":
-        x = plain_norm(x, factor)
-    elif before == "gate":
-        a, b = x.chunk(2, dim=-1)
-        x = F.silu(a) * b
-    wanted = x.double() @ weight.double().T
-    for more in (shift, residual):
-        wanted = wanted if more is None else wanted + more.double()
-    return off(got, wanted)
+SHORT, TILE = product.Cut(4, 64, 4), product.Cut(16, 64, 2, 2)
+
+
+def product_case(inputs: int, outputs: int, dtype: torch.dtype, *, rows: int = 1, norm: bool = False,
+                 paired: bool = False, bias: bool = False, plus: bool = False,
+                 cut: product.Cut = SHORT) -> float:  # fmt: skip
+    lines = outputs * (2 if paired else 1)
+    x, weight, factor = (draw(1, rows, inputs, dtype=dtype), draw(lines, inputs, dtype=dtype, seed=1),
+                         draw(inputs, dtype=dtype, seed=2))  # fmt: skip
+    shift = draw(lines, dtype=dtype, seed=3) if bias else None
+    residual = draw(1, rows, outputs, dtype=dtype, seed=4) if plus else None
+    got = product.product(x, weight, shift, cut, plus=residual, factor=factor if norm else None, eps=1e-5,
+                          paired=paired)  # fmt: skip
+    wanted = (plain_norm(x, factor) if norm else x).double() @ weight.double().T
+    wanted = wanted if shift is None else wanted + shift.double()
+    if paired:
+        a, b = wanted.chunk(2, dim=-1)
+        wanted = F.silu(a) * b
+    return off(got, wanted if residual is None else wanted + residual.double())
 
 
 F32 = torch.float32
@@ -110,13 +111,23 @@ CASES: dict[str, Callable[[], float]] = {
     "place, one head, head 48": lambda: place_case(1, 1, 48, F32),
     "place, half": lambda: place_case(4, 2, 64, HALF),
     "product": lambda: product_case(64, 10, F32),
-    "product, several steps": lambda: product_case(250, 9, F32),
-    "product behind a norm": lambda: product_case(72, 12, F32, "norm", bias=True),
-    "product behind a long norm": lambda: product_case(300, 12, F32, "norm", plus=True),
-    "product behind a gate": lambda: product_case(72, 12, F32, "gate", plus=True),
-    "product, half": lambda: product_case(576, 30, HALF, "norm", plus=True, cut=(2, 1024, 4)),
+    "product, several steps": lambda: product_case(250, 9, F32, bias=True, plus=True),
+    "product behind a norm": lambda: product_case(72, 12, F32, norm=True, bias=True),
+    "product behind a long norm": lambda: product_case(300, 12, F32, norm=True, plus=True),
+    "product in pairs": lambda: product_case(72, 11, F32, norm=True, paired=True, bias=True),
+    "product, half": lambda: product_case(576, 30, HALF, norm=True, plus=True, cut=product.Cut(2, 1024, 4)),
+    "product, one step": lambda: product_case(100, 9, F32, norm=True, cut=product.Cut(4, 128, 4)),
+    "product in pairs, one step": lambda: product_case(
+        72, 9, F32, norm=True, paired=True, cut=product.Cut(2, 128, 4)
+    ),
+    "product of rows": lambda: product_case(128, 32, F32, rows=5, bias=True, plus=True, cut=TILE),
+    "product of rows behind a norm": lambda: product_case(120, 48, F32, rows=20, norm=True, cut=TILE),
+    "product of rows in pairs": lambda: product_case(
+        72, 32, F32, rows=16, norm=True, paired=True, bias=True, cut=TILE
+    ),
+    "product of rows, half": lambda: product_case(576, 32, HALF, rows=3, norm=True, plus=True, cut=TILE),
 }
-NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs")
+NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count")
 
 
 def main() -> None:
@@ -133,55 +144,48 @@ def compiled(
     kernel: Any, constants: dict[str, Any], warps: int, folder: Path, absent: tuple[str, ...] = ()
 ) -> str:
     """What the assembler for sm_90 says of a kernel in bfloat16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource, compile
-
     constants = constants | dict.fromkeys(absent)
-    kinds = {name: "*bf16" for name in kernel.arg_names}
-    types = dict.fromkeys(NUMBERS, "i32") | {
-        "slots": "*i64",
-        "indices": "*i64",
-        "positions": "*i64",
-        "eps": "fp32",
-    }
-    kinds |= {name: kind for name, kind in types.items() if name in kinds}
-    kinds |= dict.fromkeys(constants, "constexpr")
-    odd = {*constants, "eps", "rows"}
-    even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in odd}
-    built = compile(ASTSource(kernel, kinds, constexprs=constants, attrs=even), target=GPUTarget("cuda", 90, 32),
-                    options={"num_warps": warps, "enable_fp_fusion": True})  # fmt: skip
-    (folder / "kernel.ptx").write_text(built.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(folder / "kernel.ptx"), "-o", os.devnull]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    kinds = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(NUMBERS, "i32") | {"eps": "fp32"}
+    kinds |= dict.fromkeys(("slots", "indices", "positions"), "*i64")
+    even = [name for name in kernel.arg_names if name not in {*constants, "eps", "rows"}]
+    return assembled(kernel, kinds, constants, even, {"num_warps": warps}, folder)
 
 
-@pytest.mark.parametrize("absent", [("bias", "plus"), ("bias", "factor"), ("bias", "plus", "factor")])
-@pytest.mark.parametrize("sizes", [(576, 960), (1536, 576), (4096, 6144), (14336, 4096)])
-def test_products_of_a_row_keep_to_registers(
-    absent: tuple[str, ...], sizes: tuple[int, int], tmp_path: Path
+@pytest.mark.parametrize("rows", product.ROWS)
+@pytest.mark.parametrize("absent", [("bias", "plus"), ("bias", "factor")])
+@pytest.mark.parametrize("sizes", [(576, 960), (1536, 576), (4096, 14336), (14336, 4096)])
+def test_products_of_few_rows_keep_to_registers(
+    rows: int, absent: tuple[str, ...], sizes: tuple[int, int], tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
-    from specdec.fused.layer_kernels import product_kernel
+    from specdec.fused import product_kernels
 
-    gate = absent == ("bias", "factor")
-    kind = product.Kind(*sizes, torch.bfloat16, torch.device("cuda"), norm=not gate, gate=gate, plus=gate)
-    for out, into, warps in product.candidates(kind):
-        constants = {"GATED": gate, "BLOCK_OUT": out, "BLOCK_IN": into}
-        report = compiled(product_kernel, constants, warps, tmp_path, absent)
-        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert spilled is not None and spilled.groups() == ("0", "0"), report
+    paired = absent == ("bias", "plus")
+    kind = product.Kind(*sizes, torch.bfloat16, torch.device("cuda"), paired, paired, not paired, rows)
+    for cut in product.candidates(kind):
+        constants = {"PAIRED": paired, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.into}
+        if rows == 1:
+            constants["WHOLE"] = cut.into >= sizes[0]
+            report = compiled(product_kernels.row_kernel, constants, cut.warps, tmp_path, absent)
+        else:
+            constants |= {"BLOCK_ROWS": rows, "STAGES": cut.stages}
+            report = compiled(product_kernels.rows_kernel, constants, cut.warps, tmp_path, absent)
+            text = (tmp_path / "kernel.ptx").read_text()
+            assert "mma.sync" in text or "wgmma" in text, "outside the tensor cores"
+            assert "cp.async.cg.shared.global" in text and "cp.async.bulk.prefetch.L2" in text
+        assert spilled(report) == (0, 0), report
 
 
 def test_small_kernels_compile_for_sm_90(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     from specdec.fused.layer_kernels import gate_kernel, norm_kernel, place_kernel
 
-    places = {"TURNED": 40, "QUERIES": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HEADS": 4, "BLOCK_HALF": 64}
+    places = {"TURNED": 40, "QUERIES": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HEADS": 4, "BLOCK_HALF": 64,
+              "BLOCKS": 12, "FETCHERS": 2}  # fmt: skip
     for kernel, constants, warps in ((norm_kernel, {"BLOCK": 4096}, 8), (gate_kernel, {"BLOCK": 512}, 4),
                                      (place_kernel, places, 2)):  # fmt: skip
         report = compiled(kernel, constants, warps, tmp_path)
-        assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+        assert spilled(report) == (0, 0), report
 
 
 @pytest.mark.gpu
@@ -196,10 +200,11 @@ def test_kernels_on_a_gpu_equal_torch(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-def test_trials_on_a_gpu_give_right_products() -> None:
+@pytest.mark.parametrize("rows", product.ROWS)
+def test_trials_on_a_gpu_give_right_products(rows: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    kind = product.Kind(576, 960, torch.bfloat16, torch.device("cuda"), norm=True, gate=False, plus=True)
+    kind = product.Kind(576, 960, torch.bfloat16, torch.device("cuda"), True, False, True, rows)
     trial = product.Trial.of(kind)
     for cut in product.candidates(kind):
         assert off(trial.ours(3, cut), trial.theirs(3)) < 2e-2
@@ -209,7 +214,7 @@ def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
     with torch.no_grad():
         assert not layer.can_norm(draw(2, 64), 64)
         row = draw(1, 64)
-        assert product.cut_for(row, draw(3, 64), norm=False, gate=False, plus=False) is None
+        assert product.cut_for(row, draw(3, 64), norm=False, paired=False, plus=False) is None
 
 
 if __name__ == "__main__":
