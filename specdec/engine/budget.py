@@ -16,7 +16,8 @@ from specdec.drafting.protocol import PLAIN, Shape
 from specdec.tree import DraftTree
 
 DECAY = 0.95  # of the running rate of speculation: about the last twenty rounds
-TRIAL = 12  # rounds before speculation may be judged
+TRIAL = 12  # rounds before speculation may be judged by what it earned
+PROBE = 4  # rounds before whole sizes may be judged by what they promise
 SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
 NEW_PAUSE = 4  # of them at most before a request that runs alone is tried: another text, another chance
 LOSS = 0.98  # of plain decoding's rate that speculation must earn; looking in vain for lookups costs nothing
@@ -24,7 +25,10 @@ FEW_NODES = 16  # nodes over which the price of a single one is averaged
 LEAST_TRUST = (
     0.25  # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
 )
-FIRST_GAIN = 0.35  # accepted drafts per doubling of the tree, before any round is known
+FIRST_GAIN, FIRST_DOUBLINGS = (
+    0.35,
+    16,
+)  # accepted drafts per doubling of the tree before any round, and its weight
 CARRY = 0.6  # share of a frontier's mass that the next level is expected to win
 
 
@@ -119,6 +123,14 @@ class _Trial:
         self.kept = self.kept * DECAY + kept
         self.rounds += 1
 
+    def rest(self) -> None:
+        """Pause, for longer each time; what is known stays known."""
+        self.paused, self.pause, self.rounds = self.pause, min(2 * self.pause, LONGEST_PAUSE), 0
+
+    def gain(self) -> float:
+        """Accepted drafts per doubling of the tree."""
+        return (self.kept + FIRST_GAIN * FIRST_DOUBLINGS) / (self.doublings + FIRST_DOUBLINGS)
+
     def trust(self) -> float:
         """Accepted drafts over promised ones: how far the drafter's own probabilities can be believed."""
         if self.rounds < TRIAL // 2 or self.promised <= 0:
@@ -148,12 +160,12 @@ class Budget:
         """The shape for a round of `batch` requests."""
         if not self.adaptive or self.costs is None or self.limit.depth == 0:
             return self.limit
-        trial = self.trials.setdefault(_bucket(batch), _Trial())
+        trial = self._trial(batch)
         if trial.paused > 0:
             trial.paused -= 1
             return PLAIN
         if self.fixed:
-            return self._size(batch, trial)
+            return self._size(batch, trial)[0]
         # time in tokens per request, and in the drafter's own currency: a node promising p brings trust * p
         worth = self._rate(batch, trial) / batch / trial.trust()
         one = self.costs.verify_ms(batch, 1)
@@ -175,21 +187,31 @@ class Budget:
         if running == 0 and 1 in self.trials:
             self.trials[1].paused = min(self.trials[1].paused, NEW_PAUSE)
 
-    def _size(self, batch: int, trial: _Trial) -> Shape:
-        """The whole size that would have earned most lately.
+    def _trial(self, batch: int) -> _Trial:
+        """What is known of this batch size. Whole sizes that cost too much from the start are tried later."""
+        trial = self.trials.get(_bucket(batch))
+        if trial is None:
+            trial = self.trials[_bucket(batch)] = _Trial()
+            if self.fixed and self._size(batch, trial)[1] < LOSS:
+                trial.rest()
+        return trial
+
+    def _size(self, batch: int, trial: _Trial) -> tuple[Shape, float]:
+        """The whole size that would have earned most lately, and its rate over plain decoding's.
 
         What a smaller tree would have brought is not known, so accepted drafts are taken to grow with the number of
         times the tree's size has doubled, which is how EAGLE's trees grow (each doubling adds a little less).
         """
         assert self.costs is not None
-        known = trial.rounds >= TRIAL // 2
-        gain, costs = trial.kept / trial.doublings if known else FIRST_GAIN, self.costs
+        gain, costs = trial.gain(), self.costs
+        plain = costs.verify_ms(batch, 1)
 
         def rate(shape: Shape) -> float:
             ms = costs.verify_ms(batch, shape.nodes) + costs.draft_ms(batch, shape.depth)
-            return (1 + gain * math.log2(shape.nodes)) / ms
+            return (1 + gain * math.log2(shape.nodes)) * plain / ms
 
-        return max(self.sizes(), key=rate)
+        best = max(self.sizes(), key=rate)
+        return best, rate(best)
 
     def sizes(self) -> list[Shape]:
         """The limit and smaller trees in its proportions: half the nodes, one level less, down to chains of two."""
@@ -213,15 +235,18 @@ class Budget:
         """A speculating round over `batch` trees of `nodes` nodes and `levels` levels gave `emitted` tokens in all."""
         if not self.adaptive or self.costs is None:
             return
-        trial = self.trials.setdefault(_bucket(batch), _Trial())
+        trial = self._trial(batch)
         spent = self.costs.verify_ms(batch, nodes) + self.costs.draft_ms(batch, levels)
         trial.note(emitted, spent, promised, emitted - batch, batch * math.log2(nodes) if nodes > 1 else 1.0)
-        if trial.rounds < TRIAL:
-            return
-        if trial.tokens / trial.ms < LOSS * batch / self.costs.verify_ms(batch, 1):
-            self.trials[_bucket(batch)] = _Trial(
-                paused=trial.pause, pause=min(2 * trial.pause, LONGEST_PAUSE)
-            )
+        loses = trial.rounds >= TRIAL and trial.tokens / trial.ms < LOSS * batch / self.costs.verify_ms(
+            batch, 1
+        )
+        if self.fixed and trial.rounds >= PROBE:
+            loses = loses or self._size(batch, trial)[1] < LOSS
+        if loses:
+            trial.rest()
+            if not self.fixed:  # where rounds are cut by their own drafts, each trial is judged by itself
+                self.trials[_bucket(batch)] = _Trial(paused=trial.paused, pause=trial.pause)
         elif trial.rounds > 4 * TRIAL:
             trial.pause = SHORTEST_PAUSE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -169,3 +170,33 @@ def test_fixed_rounds_get_whole_sizes_by_what_they_brought() -> None:
         budget.earned(1, 60, 6, promised=2.0, emitted=1)
     assert budget.shape(1) == PLAIN
     assert [(s.depth, s.nodes) for s in budget.sizes()] == [(6, 60), (5, 30), (4, 15), (3, 7)]
+
+
+def _answers(gain: float, requests: int) -> float:
+    """Plain decoding's milliseconds over those of answers of 128 tokens, one after another, on a small target on a GPU
+    (H200, SmolLM2's shape), where each doubling of a tree brings `gain` accepted drafts."""
+    table = CostTable({1: {1: 0.43, 16: 0.73, 64: 0.88}}, {1: 0.08}, {1: 0.10})
+    budget, spent, tokens = Budget(table, Shape(7, 10, 60), fixed=True), 0.0, 0.0
+    for _ in range(requests):
+        budget.welcome(0)
+        done = 0.0
+        while done < 128:
+            shape = budget.shape(1)
+            emitted = 1 + gain * math.log2(shape.nodes)
+            spent += table.verify_ms(1, shape.nodes) + table.draft_ms(1, shape.depth)
+            if shape != PLAIN:
+                budget.earned(1, shape.nodes, shape.depth, promised=1.0, emitted=emitted)
+            done += emitted
+        tokens += done
+    return 0.43 * tokens / spent
+
+
+def test_where_whole_sizes_cannot_pay_looking_for_them_costs_little() -> None:
+    assert _answers(gain=0.1, requests=20) > 0.97
+    assert _answers(gain=0.3, requests=1) > 0.97
+    assert _answers(gain=0.35, requests=20) > 0.98
+
+
+def test_whole_sizes_that_pay_are_found_although_they_seem_dear() -> None:
+    dear = _answers(gain=0.8, requests=20)
+    assert dear > 1.2
