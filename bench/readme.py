@@ -18,10 +18,11 @@ SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 
 
 def newest(path: Path) -> list[dict[str, Any]]:
-    """Rows of the last run that measured transformers, too: those that share their time and command."""
+    """The last rows, one per set and system, of the command and machine that last measured transformers, too."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     last = [row for row in rows if row["system"] == "transformers"][-1]
-    return [row for row in rows if (row["time"], row["argv"]) == (last["time"], last["argv"])]
+    run = [row for row in rows if (row["machine"], row["argv"]) == (last["machine"], last["argv"])]
+    return list({(row["set"], row["system"]): row for row in run}.values())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
