@@ -86,13 +86,15 @@ class EagleDrafter:
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
         """Queue the accepted nodes' true features with the tokens that followed them."""
-        for row, (slot, count) in enumerate(
-            zip(context.slots.tolist(), verdict.counts.tolist(), strict=True)
-        ):
+        kept = verdict.kept[..., None].expand(-1, -1, features.shape[2])
+        accepted = features if features.shape[1] == 1 else features.gather(1, kept)
+        rows = zip(accepted.unbind(), verdict.tokens.unbind(), strict=True)
+        counts = zip(context.slots.tolist(), verdict.counts.tolist(), strict=True)
+        for (slot, count), (seen, tokens) in zip(counts, rows, strict=True):
             lane = self.lanes[slot]
             assert lane.features is not None and lane.tokens is not None, "observed before admitted"
-            lane.features.append(features[row, verdict.kept[row, :count]])
-            lane.tokens.append(verdict.tokens[row, :count])
+            lane.features.append(seen[:count])
+            lane.tokens.append(tokens[:count])
 
     def release(self, slot: int) -> None:
         """Forget what is pending; rows already read stay for `reuse`."""
