@@ -44,9 +44,18 @@ class Round:
 
 
 class Recorder(Protocol):
-    """Hears of every round. With none attached the engine does no extra work."""
+    """Hears of every round, with its tensors: rounds then run step by step. With none attached the engine does no
+    extra work."""
 
     def record(self, round: Round) -> None: ...
+
+
+class Watcher(Protocol):
+    """Hears what each request was offered in a round, before it gets its tokens; captured rounds stay captured."""
+
+    def saw(self, request: str, nodes: int, offered: int) -> None:
+        """A round verified so many nodes for this request, the root included, the deepest at depth `offered`."""
+        ...
 
 
 @dataclass(slots=True)

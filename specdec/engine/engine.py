@@ -23,7 +23,7 @@ from specdec.engine.pipeline import Pipeline
 from specdec.engine.prefill import Prefill
 from specdec.engine.request import Finish, Piece, Request, check_request
 from specdec.engine.round import Emitted, Outcome, Rounds
-from specdec.stats import Counters, Recorder, Round
+from specdec.stats import Counters, Recorder, Round, Watcher
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
 
@@ -56,6 +56,7 @@ class Engine:
         self.cancelled: set[str] = set()
         self.counters = Counters()
         self.recorder: Recorder | None = None
+        self.watcher: Watcher | None = None
         self.pipeline: Pipeline | None = None
         self.refused: str | None = None  # why rounds are not device programs, where that was tried
 
@@ -211,6 +212,8 @@ class Engine:
                 continue
             count = emitted.counts[row]
             given, drafted = emitted.tokens[row][:count], [True] * (count - 1) + [False]
+            if self.watcher is not None:
+                self.watcher.saw(request.id, emitted.sizes[row], emitted.offered[row])
             before = len(request.output)
             pieces.append(self._hand_out(request, given, drafted, _logprobs(outcome, row, request)))
             if request.finish == "error":

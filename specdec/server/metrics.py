@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 from specdec.engine.request import Piece, Request
 from specdec.engine.worker import EngineWorker
 from specdec.server.calls import Step
-from specdec.stats import Round
 from specdec.tree import MAX_NODES
 
 LABELS = ("engine", "model_name")
@@ -30,7 +29,7 @@ REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "e
 
 
 class Metrics:
-    """The registry of one server; the engine's recorder and the calls' observer.
+    """The registry of one server; the engine's watcher and the calls' observer.
 
     Args:
         worker: whose engine is described.
@@ -104,13 +103,11 @@ class Metrics:
         gauge("vllm:num_requests_waiting", "Requests in the queue").set_function(lambda: worker.load[1])
         gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1").set_function(usage)
 
-    def record(self, round: Round) -> None:
-        """The engine's recorder: what each tree offered; what came of it is counted with its piece."""
-        sizes, offered = round.tree.sizes.tolist(), round.verdict.offered.tolist()
-        for request, size, depth in zip(round.requests, sizes, offered, strict=True):
-            self._nodes.observe(size)
-            self._depth.observe(depth)
-            self._offered[request] = depth
+    def saw(self, request: str, nodes: int, offered: int) -> None:
+        """The engine's watcher: what a tree offered; what came of it is counted with its piece."""
+        self._nodes.observe(nodes)
+        self._depth.observe(offered)
+        self._offered[request] = offered
 
     def _position(self, position: int) -> Counter:
         while position >= len(self._positions):

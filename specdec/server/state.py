@@ -50,7 +50,7 @@ class ServerState:
         engine = self.decoder.engine
         self.worker = EngineWorker(engine)
         self.metrics = Metrics(self.worker, self.name)
-        engine.recorder = self.metrics
+        engine.watcher = self.metrics
         self.vocabulary = Vocabulary(self.decoder.tokenizer, engine.target.info.vocab)
         self.grammars = Grammars(self.vocabulary, engine.target.info.stop_ids)
         # one thread: a tokenizer is not made to be shared, and prompts must not queue behind each other's rounds

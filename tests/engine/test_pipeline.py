@@ -98,6 +98,25 @@ def test_tokens_are_plain_ones_and_nothing_is_read(
     assert machine.counters.tau > 1.02
 
 
+def test_a_watcher_hears_of_captured_rounds(target_of: Targets, plain: Callable) -> None:
+    """A server's metrics must not cost it the device programs."""
+    heard: list[tuple[str, int, int]] = []
+
+    class Listener:
+        def saw(self, request: str, nodes: int, offered: int) -> None:
+            heard.append((request, nodes, offered))
+
+    target, recording = target_of("llama"), Replaying()
+    machine = _ahead(engines.engine(target, _head(target, plain("llama", False)), WIDE), recording)
+    machine.watcher = Listener()
+    requests = _requests()
+    engines.run(machine, requests)
+    assert recording.replayed > 8
+    rounds = {r.id: r.counters.rounds + r.counters.cut for r in requests}
+    assert {name: sum(one == name for one, _, _ in heard) for name in rounds} == rounds
+    assert all(1 <= nodes <= WIDE.nodes and offered <= WIDE.depth for _, nodes, offered in heard)
+
+
 def test_the_twin_sees_every_way_of_asking() -> None:
     numbers = torch.tensor([1, 0, 3])
     ways: list[Callable[[], object]] = [
