@@ -12,6 +12,7 @@ from collections.abc import Callable
 from specdec.engine.engine import Engine
 from specdec.engine.request import Piece, Request, check_request
 from specdec.errors import SpecdecError
+from specdec.native.workers import release_workers
 
 Deliver = Callable[[Piece], None]
 
@@ -35,7 +36,8 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin running rounds."""
+        """Begin running rounds. Whoever starts it has loaded the model, and has no more to compute."""
+        release_workers()
         self._thread.start()
 
     @property
