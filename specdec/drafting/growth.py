@@ -74,7 +74,7 @@ class Growth:
             return False
         if self.shape.level_floor <= 0:
             return True
-        return bool(self.scores.exp().sum(dim=1).max() >= self.shape.level_floor)
+        return bool(self.scores.exp().sum(dim=1).mean() >= self.shape.level_floor)
 
     def finish(self, roots: Tensor) -> DraftTree:
         """The tree of the likeliest nodes that are worth their price."""

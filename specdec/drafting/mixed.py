@@ -25,10 +25,15 @@ from specdec.drafting.sketch import Sketch, falling, of_tree, to_tree
 from specdec.tree import DraftTree, root_only
 
 PROMISES = (0.0, 0.1, 0.4, 1.0, 2.0)  # lower edges of the tokens that lookups alone promise a round
-PRIOR = (0.4, 0.3, 0.2, 0.0, -0.2)  # tokens that asking the head is taken to add, before anything was seen
+PRIOR = (0.4, 0.3, 0.2, 0.0, -0.2)  # tokens that asking the head is taken to add, before anything was seen,
+USUAL = 0.25  # where two levels and two nodes cost so many
 PRIOR_ROUNDS = 6.0  # rounds the prior counts for
 DECAY = 0.95  # of what was seen: about the last twenty rounds
-SHORTEST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two questions to a head that does not pay
+SHORTEST_WAIT, LONGEST_WAIT = (
+    4,
+    64,
+)  # rounds between two questions to a head that does not pay, for each request: it
+# has to read first what all of them wrote meanwhile
 SUREST = 0.999  # no edge is certain, so that a child never ranks with its parent
 
 
@@ -37,6 +42,7 @@ class _Advantage:
     """What the head added over lookups alone, in tokens, where lookups promised about the same."""
 
     prior: float
+    size: int = 1
     total: float = 0.0
     rounds: float = 0.0
     waited: int = 0
@@ -51,7 +57,7 @@ class _Advantage:
         if self.mean() > 0:
             return True
         self.waited += 1
-        if self.waited < self.wait:
+        if self.waited < self.wait * self.size:
             return False
         self.waited, self.wait = 0, min(2 * self.wait, LONGEST_WAIT)
         return True
@@ -68,7 +74,7 @@ class _Advantage:
 class _Asked:
     """A round the head took part in, until its outcome is known."""
 
-    bucket: int
+    advantage: _Advantage
     promised: float
     paid: float
 
@@ -84,7 +90,7 @@ class MixedDrafter:
 
     head: EagleDrafter
     lookup: NgramDrafter = field(default_factory=NgramDrafter)
-    advantages: list[_Advantage] = field(default_factory=lambda: [_Advantage(p) for p in PRIOR])
+    advantages: dict[int, list[_Advantage]] = field(default_factory=dict)  # by batch size, in powers of two
     name: str = field(default="eagle+ngram", init=False)
     taps: tuple[int, ...] = field(init=False)
     sources: tuple[str, ...] = field(default=("head", "ngram"), init=False)
@@ -111,29 +117,37 @@ class MixedDrafter:
             return root_only(context.roots)
         found = self._may(context, "ngram", self.lookup.sketch(context, replace(shape, level_floor=0.0)))
         promised = max(shape.gain(falling(found)), 0.0)
-        bucket = sum(promised >= edge for edge in PROMISES[1:])
+        advantage = self._advantages(len(context.roots), shape)[sum(promised >= e for e in PROMISES[1:])]
         levels = 0
-        if self._asks_head(context, shape, bucket):
+        if self._asks_head(context, shape, advantage):
             drafted = self.head.propose(context, replace(shape, prices=()))
             levels, heads = drafted.levels, self._may(context, "head", of_tree(drafted))
             found = [merge(own, other, shape.nodes) for own, other in zip(found, heads, strict=True)]
         nodes = shape.worth(falling(found))
         if levels and context.only is None:
-            self._asked = _Asked(bucket, promised, shape.draft_price(levels) + shape.node_price(nodes))
+            self._asked = _Asked(advantage, promised, shape.draft_price(levels) + shape.node_price(nodes))
         if nodes == 1:
             return replace(root_only(context.roots), levels=levels)
         return replace(
             to_tree([sketch.first(nodes) for sketch in found], context.roots.device), levels=levels
         )
 
-    def _asks_head(self, context: Context, shape: Shape, bucket: int) -> bool:
+    def _advantages(self, batch: int, shape: Shape) -> list[_Advantage]:
+        """What is known at this batch size: many requests make nodes and levels dear, so it says nothing of others."""
+        size = 1 << (batch - 1).bit_length()
+        if size not in self.advantages:
+            dear = max(shape.draft_price(2) + shape.node_price(2) - USUAL, 0.0)
+            self.advantages[size] = [_Advantage(prior - dear, size) for prior in PRIOR]
+        return self.advantages[size]
+
+    def _asks_head(self, context: Context, shape: Shape, advantage: _Advantage) -> bool:
         """Where somebody wants the head alone it is asked, where nobody may have it it is not; else where it pays."""
         only = context.only or (None,)
         if "head" in only:
             return True
         if all(one == "ngram" for one in only):
             return False
-        return not shape.prices or self.advantages[bucket].worth_asking()
+        return not shape.prices or advantage.worth_asking()
 
     @staticmethod
     def _may(context: Context, source: str, sketches: Sequence[Sketch]) -> list[Sketch]:
@@ -151,7 +165,7 @@ class MixedDrafter:
         self.lookup.observe(context, features, verdict)
         if self._asked is not None:
             accepted = float(verdict.counts.double().mean()) - 1
-            self.advantages[self._asked.bucket].note(accepted - self._asked.paid - self._asked.promised)
+            self._asked.advantage.note(accepted - self._asked.paid - self._asked.promised)
             self._asked = None
 
     def release(self, slot: int) -> None:

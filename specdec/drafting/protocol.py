@@ -24,7 +24,7 @@ class Shape:
         width: children considered per node (EAGLE's top-k).
         nodes: N, the root included.
         node_floor: a node whose path probability is below is not verified.
-        level_floor: growth stops where the frontier's summed path probability is below.
+        level_floor: growth stops where the frontier's summed path probability, a request, is below.
         sampled: draw one chain at random from the draft distribution instead of growing a deterministic tree.
         prices: tokens that verifying 1, 2, ... nodes of each request costs beyond one; empty when nodes are free.
         first_level, next_level: tokens that asking a head for the first level costs, and each further one.

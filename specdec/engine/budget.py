@@ -21,6 +21,7 @@ PROBE = 4  # rounds before whole sizes may be judged by what they promise
 SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
 NEW_PAUSE = 4  # of them at most before a request that runs alone is tried: another text, another chance
 LOSS = 0.98  # of plain decoding's rate that speculation must earn; looking in vain for lookups costs nothing
+MOST_BESIDE = 4.0  # forwards that a round's drafting and accepting may count for
 FEW_NODES = 16  # nodes over which the price of a single one is averaged
 LEAST_TRUST = (
     0.25  # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
@@ -155,6 +156,9 @@ class Budget:
     adaptive: bool = True
     fixed: bool = False
     trials: dict[int, _Trial] = field(default_factory=dict)
+    beside: dict[int, float] = field(
+        default_factory=dict
+    )  # of plain rounds by batch size: time beside the forward, x it
 
     def shape(self, batch: int) -> Shape:
         """The shape for a round of `batch` requests."""
@@ -176,7 +180,8 @@ class Budget:
         return replace(
             self.limit,
             node_floor=prices[few - 1] / max(few - 1, 1),
-            level_floor=worth * level / CARRY,
+            # what a level wins takes at least one more node to keep
+            level_floor=(worth * level + prices[min(1, len(prices) - 1)]) / CARRY if level else 0.0,
             prices=tuple(prices),
             first_level=worth * first,
             next_level=worth * level,
@@ -226,21 +231,42 @@ class Budget:
         plain = batch / self.costs.verify_ms(batch, 1)
         return max(plain, trial.tokens / trial.ms) if trial.ms and trial.rounds >= TRIAL // 2 else plain
 
-    def note(self, shape: Shape, tree: DraftTree, emitted: int) -> None:
-        """A round over `tree` gave `emitted` tokens in all."""
-        if shape.depth and self.adaptive and self.costs is not None:
-            self.earned(len(tree.tokens), tree.nodes, tree.levels, tree.promised(), emitted)
+    def note(
+        self, shape: Shape, tree: DraftTree, emitted: int, seconds: Mapping[str, float] | None = None
+    ) -> None:
+        """A round over `tree` gave `emitted` tokens in all; `seconds` by phase, where they were taken."""
+        if not self.adaptive or self.costs is None:
+            return
+        batch = len(tree.tokens)
+        if shape.depth:
+            # looking in vain costs nothing to speak of
+            drafted = tree.nodes > 1 or tree.levels
+            beside = _beside(seconds, "draft", "accept") if drafted and seconds else None
+            self.earned(batch, tree.nodes, tree.levels, tree.promised(), emitted, beside)
+        elif seconds:
+            known = self.beside.get(_bucket(batch), _beside(seconds, "accept"))
+            self.beside[_bucket(batch)] = DECAY * known + (1 - DECAY) * _beside(seconds, "accept")
 
-    def earned(self, batch: int, nodes: int, levels: int, promised: float, emitted: int) -> None:
-        """A speculating round over `batch` trees of `nodes` nodes and `levels` levels gave `emitted` tokens in all."""
+    def earned(
+        self, batch: int, nodes: int, levels: int, promised: float, emitted: int, beside: float | None = None
+    ) -> None:
+        """A speculating round over `batch` trees of `nodes` nodes and `levels` levels gave `emitted` tokens in all.
+
+        Args:
+            beside: what the round took beside its forward, as a multiple of it. The forward is the clock, because a
+                machine has faster and slower minutes; without it the table's word on drafting is taken.
+        """
         if not self.adaptive or self.costs is None:
             return
         trial = self._trial(batch)
-        spent = self.costs.verify_ms(batch, nodes) + self.costs.draft_ms(batch, levels)
+        spent = self.costs.verify_ms(batch, nodes)
+        if beside is None:
+            spent += self.costs.draft_ms(batch, levels)
+        else:
+            spent *= (1 + beside) / (1 + self.beside.get(_bucket(batch), 0.0))
         trial.note(emitted, spent, promised, emitted - batch, batch * math.log2(nodes) if nodes > 1 else 1.0)
-        loses = trial.rounds >= TRIAL and trial.tokens / trial.ms < LOSS * batch / self.costs.verify_ms(
-            batch, 1
-        )
+        plain = batch / self.costs.verify_ms(batch, 1)
+        loses = trial.rounds >= TRIAL and trial.tokens / trial.ms < LOSS * plain
         if self.fixed and trial.rounds >= PROBE:
             loses = loses or self._size(batch, trial)[1] < LOSS
         if loses:
@@ -249,6 +275,11 @@ class Budget:
                 self.trials[_bucket(batch)] = _Trial(paused=trial.paused, pause=trial.pause)
         elif trial.rounds > 4 * TRIAL:
             trial.pause = SHORTEST_PAUSE
+
+
+def _beside(seconds: Mapping[str, float], *phases: str) -> float:
+    """Time of these phases over the forward's; a pause of the machine in one of them must not count for much."""
+    return min(sum(seconds[phase] for phase in phases) / max(seconds["verify"], 1e-9), MOST_BESIDE)
 
 
 def _bucket(batch: int) -> int:

@@ -156,7 +156,7 @@ class Engine:
                 return [self._end(running[0], "error", _told(error))]
             return [piece for r in running for piece in self._run([r], shape)]  # find the culprit alone
         emitted = Emitted.of(outcome)
-        self.budget.note(shape, outcome.tree, sum(emitted.counts))
+        self.budget.note(shape, outcome.tree, sum(emitted.counts), outcome.seconds)
         if self.recorder is not None:
             self.recorder.record(_as_round(batch, outcome))
         return self._settle(batch.requests, emitted, outcome)

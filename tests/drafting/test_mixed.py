@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec import tree as trees
 from specdec.accept import Verdict
-from specdec.drafting.mixed import LONGEST_WAIT, SUREST, MixedDrafter, merge
+from specdec.drafting.mixed import LONGEST_WAIT, SHORTEST_WAIT, SUREST, MixedDrafter, merge
 from specdec.drafting.protocol import Context, Shape
 from specdec.drafting.sketch import Sketch, falling, of_tree, to_tree
 from specdec.tree import DraftTree
@@ -156,11 +156,32 @@ def test_the_head_is_asked_while_it_pays_and_left_alone_where_it_does_not() -> N
     for _ in range(400):
         rounds(drafter, context, (next(fresh),), 1)
     assert 40 < head.asked < 140, "a head that never hits is asked rarely, but not never"
-    assert drafter.advantages[0].wait == LONGEST_WAIT
+    assert drafter.advantages[1][0].wait == LONGEST_WAIT
     before = head.asked
     for _ in range(1500):
         rounds(drafter, context, (5, next(fresh)), 1)
     assert head.asked > before + 700, "it is not found again"
+
+
+def test_what_was_learned_of_one_request_says_nothing_of_many() -> None:
+    fresh = iter(range(100, 100_000))
+    drafter, head, context = mixed([1, 2, 3])
+    for _ in range(40):
+        rounds(drafter, context, (5, next(fresh)), 1)
+    assert head.asked == 40
+    for slot in range(1, 4):
+        drafter.admit(slot, torch.tensor([1, 2]), torch.zeros(2, 1), 3)
+    four = Context(torch.arange(4), *(x.expand(4) for x in (context.roots, context.lengths)))
+    dear = replace(
+        PRICED, prices=tuple(0.5 * n for n in range(PRICED.nodes)), first_level=0.3, next_level=0.3
+    )
+    for _ in range(4 * SHORTEST_WAIT - 1):
+        drafter.propose(four, dear)
+    assert head.asked == 40, "it cannot pay for four at these prices"
+    drafter.propose(four, dear)
+    assert head.asked == 41, "but it is tried"
+    rounds(drafter, context, (5, next(fresh)), 1)
+    assert head.asked == 42, "and one request alone still has it"
 
 
 def test_without_prices_the_head_is_always_asked() -> None:
@@ -212,7 +233,7 @@ def test_a_request_may_have_one_source_alone() -> None:
     before = head.asked
     assert firsts("ngram", "ngram") == [{2}, {2}]
     assert head.asked == before, "nobody may have it"
-    for advantage in drafter.advantages:
+    for advantage in drafter.advantages[2]:
         advantage.total, advantage.rounds = -1000.0, 100.0
     drafter.propose(replace(two, slots=torch.tensor([0, 1]), only=("head", None)), PRICED)
     assert head.asked == before + 1, "who wants the head alone gets it, paying or not"

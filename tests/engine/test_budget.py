@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,28 @@ def test_rounds_that_find_nothing_to_draft_are_no_loss() -> None:
     budget = Budget(TABLE, LIMIT)
     for _ in range(4 * TRIAL):
         budget.note(LIMIT, _tree(1), emitted=1)
+    assert budget.shape(1) != PLAIN
+
+
+def test_a_round_is_judged_by_the_time_it_took_beside_its_forward() -> None:
+    """Three tokens pay for what the table says of this tree, and not for drafting that takes twice the forward; how fast
+    the machine is in that minute changes nothing."""
+    for speed in (1.0, 1.7):
+        for draft, paid in ((0.3, True), (2.0, False)):
+            budget = Budget(TABLE, LIMIT)
+            for _ in range(TRIAL):
+                budget.note(PLAIN, _tree(1), 1, {"draft": 0.0, "verify": speed, "accept": 0.05 * speed})
+            for _ in range(2 * TRIAL):
+                seconds = {"draft": draft * speed, "verify": speed, "accept": 0.1 * speed}
+                budget.note(LIMIT, replace(_tree(8), levels=2), 3, seconds)
+                budget.trials[1].paused = 0
+            assert (budget.trials[1].pause == SHORTEST_PAUSE) == paid
+
+
+def test_looking_in_vain_is_no_loss_however_long_it_takes() -> None:
+    budget = Budget(TABLE, LIMIT)
+    for _ in range(4 * TRIAL):
+        budget.note(LIMIT, _tree(1), 1, {"draft": 1.0, "verify": 1.0, "accept": 0.0})
     assert budget.shape(1) != PLAIN
 
 
