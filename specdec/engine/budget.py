@@ -156,9 +156,7 @@ class Budget:
     adaptive: bool = True
     fixed: bool = False
     trials: dict[int, _Trial] = field(default_factory=dict)
-    beside: dict[int, float] = field(
-        default_factory=dict
-    )  # of plain rounds by batch size: time beside the forward, x it
+    beside: dict[int, float] = field(default_factory=dict)  # plain rounds' time beside their forward, a multiple of it
 
     def shape(self, batch: int) -> Shape:
         """The shape for a round of `batch` requests."""
