@@ -156,7 +156,9 @@ class Budget:
     adaptive: bool = True
     fixed: bool = False
     trials: dict[int, _Trial] = field(default_factory=dict)
-    beside: dict[int, float] = field(default_factory=dict)  # plain rounds' time beside their forward, a multiple of it
+    beside: dict[int, float] = field(
+        default_factory=dict
+    )  # plain rounds' time beside their forward, a multiple of it
 
     def shape(self, batch: int) -> Shape:
         """The shape for a round of `batch` requests."""

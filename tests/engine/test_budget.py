@@ -146,8 +146,8 @@ def test_rounds_that_find_nothing_to_draft_are_no_loss() -> None:
 
 
 def test_a_round_is_judged_by_the_time_it_took_beside_its_forward() -> None:
-    """Three tokens pay for this tree as the table has it, and not for drafting of twice the forward; the machine's speed in
-    that minute changes nothing."""
+    """Three tokens pay for this tree as the table has it, and not for drafting of twice the forward, however fast
+    the machine is in that minute."""
     for speed in (1.0, 1.7):
         for draft, paid in ((0.3, True), (2.0, False)):
             budget = Budget(TABLE, LIMIT)
