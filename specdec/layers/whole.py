@@ -132,7 +132,7 @@ class Whole:
         placing.keys, placing.values = cache.kv.data_ptr(), cache.kv.data_ptr() + step[1] * size
         placing.batch, placing.rows, placing.capacity = x.shape[0], x.shape[1], cache.length
         placing.heads_count, placing.kv_heads, placing.size = self._heads, self._kv_heads, self._head_dim
-        placing.type = self.dtype == torch.bfloat16
+        placing.type, placing.threads = self.dtype == torch.bfloat16, torch.get_num_threads()
         kernels = library()
         assert kernels is not None, "packed with kernels"
         if kernels.specdec_layers(ctypes.addressof(self._layers), len(self._layers), ctypes.byref(call)):

@@ -32,6 +32,7 @@ class PlacingCall(ctypes.Structure):
         *((name, _POINTER) for name in ("heads", "cos", "sin", "keys", "values", "slots", "indices")),
         *((name, _WHOLE) for name in ("batch", "rows", "heads_count", "kv_heads", "size", "capacity")),
         ("type", ctypes.c_int),
+        ("threads", ctypes.c_int),
     )
 
 

@@ -14,27 +14,28 @@ INLINE floats rounded(floats x, int type) {
     return load(small, 0, BFLOAT16);
 }
 
-INLINE void norm(const void *from, const void *weight, void *y, int type, long rows, long width, float eps) {
-    for (long r = 0; r < rows; r++) {
-        floats squares = {0};
-        for (long i = 0; i < width; i += LANES) {
-            floats x = load(from, r * width + i, type);
-            squares += x * x;
-        }
-        float sum = 0;
-        for (int i = 0; i < LANES; i++) sum += squares[i];
-        float scale = 1.0f / sqrtf(sum / (float)width + eps);
-        for (long i = 0; i < width; i += LANES) {
-            floats x = rounded(load(from, r * width + i, type) * scale, type);
-            store(y, r * width + i, type, x * load(weight, i, type));
-        }
+INLINE void norm(const void *from, const void *weight, void *y, int type, long r, long width, float eps) {
+    floats squares = {0};
+    for (long i = 0; i < width; i += LANES) {
+        floats x = load(from, r * width + i, type);
+        squares += x * x;
+    }
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += squares[i];
+    float scale = 1.0f / sqrtf(sum / (float)width + eps);
+    for (long i = 0; i < width; i += LANES) {
+        floats x = rounded(load(from, r * width + i, type) * scale, type);
+        store(y, r * width + i, type, x * load(weight, i, type));
     }
 }
 
 /* x [rows, width] / sqrt(mean(x^2) + eps) * weight [width]; the width divides by the panel. */
-void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type) {
-    if (type == BFLOAT16) norm(x, weight, y, BFLOAT16, rows, width, eps);
-    else norm(x, weight, y, FLOAT32, rows, width, eps);
+void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows >= FEW)
+    for (long r = 0; r < rows; r++) {
+        if (type == BFLOAT16) norm(x, weight, y, BFLOAT16, r, width, eps);
+        else norm(x, weight, y, FLOAT32, r, width, eps);
+    }
 }
 
 INLINE void gate(const void *from, void *y, int type, long row, long width) {
@@ -49,7 +50,7 @@ INLINE void gate(const void *from, void *y, int type, long row, long width) {
 
 /* silu(gate) * up for rows of [gate, up], each of `width`, which divides by the panel. */
 void specdec_gate(const void *x, void *y, long rows, long width, int type, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > 65536)
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
     for (long r = 0; r < rows; r++) {
         if (type == BFLOAT16) gate(x, y, BFLOAT16, r, width);
         else gate(x, y, FLOAT32, r, width);
@@ -82,10 +83,9 @@ INLINE void place(const Placing *p, int type, long b, long n) {
 
 /* Turn queries and keys to their positions, and store keys and values; half a head divides by the lanes. */
 void specdec_place(const Placing *p) {
-    for (long b = 0; b < p->batch; b++) {
-        for (long n = 0; n < p->rows; n++) {
-            if (p->type == BFLOAT16) place(p, BFLOAT16, b, n);
-            else place(p, FLOAT32, b, n);
-        }
+#pragma omp parallel for num_threads(p->threads) schedule(static) if (p->batch * p->rows >= FEW)
+    for (long i = 0; i < p->batch * p->rows; i++) {
+        if (p->type == BFLOAT16) place(p, BFLOAT16, i / p->rows, i % p->rows);
+        else place(p, FLOAT32, i / p->rows, i % p->rows);
     }
 }

@@ -25,7 +25,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(rows)
     width = x.shape[-1]
     kernels.specdec_norm(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), rows.numel() // width, width, eps,
-                         x.dtype == torch.bfloat16)  # fmt: skip
+                         x.dtype == torch.bfloat16, torch.get_num_threads())  # fmt: skip
     return y
 
 

@@ -26,8 +26,10 @@ typedef struct {
     const int64_t *slots;     /* [batch] */
     const int64_t *indices;   /* [batch, rows] where each row is stored */
     long batch, rows, heads_count, kv_heads, size, capacity;
-    int type;
+    int type, threads;
 } Placing;
+
+#define FEW 4 /* rows that one thread is done with before another has begun */
 
 int specdec_linear(const float *x, const void *w, const float *bias, void *y, long rows, long inputs, long outputs,
                    int weight_type, int y_type, int threads);
@@ -35,7 +37,7 @@ void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t
                    int kind, int threads);
 int specdec_attention(const Attention *a);
 int specdec_attention_tiles(const Attention *a);
-void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type);
+void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type, int threads);
 void specdec_gate(const void *x, void *y, long rows, long width, int type, int threads);
 void specdec_place(const Placing *p);
 

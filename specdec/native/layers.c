@@ -83,25 +83,36 @@ static int multiply(const Work *w, const Matrix *m, const void *x, void *y) {
                           l->type, threads);
 }
 
-/* y = x + y */
-INLINE void add(const void *x, void *y, long count, int type) {
-    for (long i = 0; i < count; i += LANES) store(y, i, type, load(x, i, type) + load(y, i, type));
+/* What is given for each row `r`, by all threads where there are rows enough. */
+#define EACH_ROW(w, ...)                                                                                                \
+    do {                                                                                                               \
+        const long rows = (w)->f->rows;                                                                                \
+        _Pragma("omp parallel for num_threads((w)->attention.threads) schedule(static) if (rows >= FEW)")              \
+        for (long r = 0; r < rows; r++) __VA_ARGS__;                                                                   \
+    } while (0)
+
+static void norm_row(const Layer *l, const char *x, const void *weight, char *y) {
+    specdec_norm(x, weight, y, 1, l->hidden, l->eps, l->type, 1);
 }
 
-static void norm_rows(const Work *w, const void *x, const void *weight, void *y) {
-    specdec_norm(x, weight, y, w->f->rows, w->l->hidden, w->l->eps, w->l->type);
+/* y += x */
+INLINE void add(const Layer *l, const char *x, char *y) {
+    for (long i = 0; i < l->hidden; i += LANES) store(y, i, l->type, load(x, i, l->type) + load(y, i, l->type));
 }
 
-/* Rows of [norm(embedded), norm(x)]: each row is normed to its place. */
-static void norm_both(const Work *w, const char *x) {
+/* What the heads are made of: norm(x), behind it in a draft head the norm of what was embedded. */
+static void norm_inputs(const Work *w, const char *x) {
     const Layer *l = w->l;
     const long bytes = l->hidden * bytes_of(l);
     const char *embedded = w->f->embedded;
-    char *to = w->normed;
-    for (long r = 0; r < w->f->rows; r++, embedded += bytes, x += bytes, to += 2 * bytes) {
-        specdec_norm(embedded, l->embedded_norm, to, 1, l->hidden, l->eps, l->type);
-        specdec_norm(x, l->input_norm, to + bytes, 1, l->hidden, l->eps, l->type);
+    if (!l->embedded_norm) {
+        EACH_ROW(w, norm_row(l, x + r * bytes, l->input_norm, w->normed + r * bytes));
+        return;
     }
+    EACH_ROW(w, {
+        norm_row(l, embedded + r * bytes, l->embedded_norm, w->normed + 2 * r * bytes);
+        norm_row(l, x + r * bytes, l->input_norm, w->normed + (2 * r + 1) * bytes);
+    });
 }
 
 /* Queries and keys through norms of their own, in place. */
@@ -109,12 +120,11 @@ static void norm_heads(const Work *w) {
     const Layer *l = w->l;
     const Placing *p = &w->placing;
     const long bytes = p->size * bytes_of(l), all = p->heads_count + 2 * p->kv_heads;
-    char *heads = w->heads;
-    for (long r = 0; r < w->f->rows; r++, heads += all * bytes) {
-        char *keys = heads + p->heads_count * bytes;
-        specdec_norm(heads, l->q_norm, heads, p->heads_count, p->size, l->eps, l->type);
-        specdec_norm(keys, l->k_norm, keys, p->kv_heads, p->size, l->eps, l->type);
-    }
+    EACH_ROW(w, {
+        char *heads = w->heads + r * all * bytes, *keys = heads + p->heads_count * bytes;
+        specdec_norm(heads, l->q_norm, heads, p->heads_count, p->size, l->eps, l->type, 1);
+        specdec_norm(keys, l->k_norm, keys, p->kv_heads, p->size, l->eps, l->type, 1);
+    });
 }
 
 static int attend(Work *w) {
@@ -132,24 +142,25 @@ static int attend(Work *w) {
     return specdec_attention(a);
 }
 
-static int layer(Work *w, const void *x, void *y) {
+static int layer(Work *w, const char *x, char *y) {
     const Layer *l = w->l;
-    const long count = w->f->rows * l->hidden;
+    const long bytes = l->hidden * bytes_of(l);
     int failed = furnish(w);
     if (failed) return failed;
-    if (l->embedded_norm) norm_both(w, x);
-    else norm_rows(w, x, l->input_norm, w->normed);
+    norm_inputs(w, x);
     failed |= multiply(w, &l->qkv, w->normed, w->heads);
     if (l->q_norm) norm_heads(w);
     failed |= attend(w);
     failed |= multiply(w, &l->out, w->seen, w->between);
-    add(x, w->between, count, l->type);
-    memcpy(y, w->between, (size_t)(count * bytes_of(l)));
-    norm_rows(w, y, l->mlp_norm, w->normed);
+    EACH_ROW(w, {
+        if (x != y) memcpy(y + r * bytes, x + r * bytes, (size_t)bytes);
+        add(l, w->between + r * bytes, y + r * bytes);
+        norm_row(l, y + r * bytes, l->mlp_norm, w->normed + r * bytes);
+    });
     failed |= multiply(w, &l->gate_up, w->normed, w->between);
     specdec_gate(w->between, w->inner, w->f->rows, l->intermediate, l->type, w->attention.threads);
     failed |= multiply(w, &l->down, w->inner, w->normed);
-    add(w->normed, y, count, l->type);
+    EACH_ROW(w, add(l, w->normed + r * bytes, y + r * bytes));
     return failed;
 }
 

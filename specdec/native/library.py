@@ -117,7 +117,7 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_tiles.restype = None
     loaded.specdec_attention.argtypes = [pointer]
     loaded.specdec_attention.restype = small
-    loaded.specdec_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float, small]
+    loaded.specdec_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float] + [small] * 2
     loaded.specdec_norm.restype = None
     loaded.specdec_gate.argtypes = [pointer] * 2 + [whole] * 2 + [small] * 2
     loaded.specdec_gate.restype = None

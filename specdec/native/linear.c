@@ -8,7 +8,8 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#define MANY 24 /* rows from which widening a panel first costs less than widening it for every few rows */
+#define AHEAD 1024 /* bytes behind a single row's weights from which the next ones are fetched */
+#define MANY 24    /* rows from which widening a panel first costs less than widening it for every few rows */
 
 typedef struct {
     const float *x;    /* [rows, inputs] */
@@ -46,6 +47,8 @@ INLINE void block(const Product *p, const void *w, int type, const char *ahead, 
         UNROLL for (int i = 0; i < wide; i++)
             weights[i] = load(w, i / PARTS * step + k * PANEL + i % PARTS * LANES, type);
         if (ahead) __builtin_prefetch(ahead + k * 64);
+        if (rows == 1 && type == BFLOAT16) /* narrow weights are used up sooner than the processor fetches the next */
+            UNROLL for (int i = 0; i < panels; i++) __builtin_prefetch((const char *)w + 2 * (i * step + k * PANEL) + AHEAD);
         UNROLL for (int r = 0; r < rows; r++) {
             UNROLL for (int i = 0; i < wide; i++) total[r * wide + i] += weights[i] * x[r * p->inputs + k];
         }

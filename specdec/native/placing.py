@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 
 from specdec.native.calls import PlacingCall
@@ -41,6 +42,6 @@ def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor,
         heads=heads.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(), keys=plane[0].data_ptr(),
         values=plane[1].data_ptr(), slots=slots.data_ptr(), indices=indices.data_ptr(), batch=b, rows=n,
         heads_count=count - 2 * kv_heads, kv_heads=kv_heads, size=size, capacity=plane.shape[3],
-        type=heads.element_size() == 2,
+        type=heads.element_size() == 2, threads=torch.get_num_threads(),
     )  # fmt: skip
     kernels.specdec_place(ctypes.byref(call))

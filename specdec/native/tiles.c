@@ -14,6 +14,7 @@
 #define BLOCK (2 * PAIRS)  /* inputs of a block */
 #define TILE_BYTES 1024    /* of a block of one panel */
 #define NEAR (1024 * 1024) /* weights that stay near while all rows meet them */
+#define AHEAD 2048         /* bytes behind the pairs at work from which the next ones are fetched */
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -46,8 +47,11 @@ INLINE void block(const Product *p, long row, long panel, const int rows, const 
     UNROLL for (int i = 0; i < rows * panels; i++) total[i] = _mm512_setzero_ps();
     for (long k = 0; k < p->blocks * PAIRS; k++) {
         __m512bh weights[ROWS];
-        UNROLL for (int i = 0; i < panels; i++)
-            weights[i] = (__m512bh)_mm512_loadu_si512(w + i * p->blocks * TILE_BYTES + k * 64);
+        UNROLL for (int i = 0; i < panels; i++) {
+            const char *pairs = w + i * p->blocks * TILE_BYTES + k * 64;
+            __builtin_prefetch(pairs + AHEAD);
+            weights[i] = (__m512bh)_mm512_loadu_si512(pairs);
+        }
         UNROLL for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, p->x + (row + r) * p->blocks * BLOCK + 2 * k, sizeof pair);
@@ -90,6 +94,13 @@ static void by_pairs(const Product *p, long panel, long last) {
         for (long r = 0; r < (many); r++) put(p, (first) + r, panel, *(floats *)(sums + r * PANEL));                   \
     } while (0)
 
+/* Weights into tile 6 or 7; the tile behind them is fetched meanwhile, for by itself the processor does that too late. */
+#define WEIGHTS(tile, at)                                                                                              \
+    do {                                                                                                               \
+        UNROLL for (int line = 0; line < TILE_BYTES; line += 64) __builtin_prefetch((at) + TILE_BYTES + line);         \
+        _tile_loadd(tile, at, 64);                                                                                     \
+    } while (0)
+
 /* At most sixteen rows: four panels share what is read of x. */
 static void short_strip(const Product *p, long row, long rows, long panel, long last) {
     const long step = p->blocks * TILE_BYTES, wide = p->blocks * BLOCK * 2;
@@ -98,10 +109,10 @@ static void short_strip(const Product *p, long row, long rows, long panel, long 
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
         for (long k = 0; k < p->blocks; k++) {
             _tile_loadd(4, x + k * 64, wide);
-            _tile_loadd(6, w + k * TILE_BYTES, 64); _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + step + k * TILE_BYTES, 64); _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(6, w + 2 * step + k * TILE_BYTES, 64); _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(7, w + 3 * step + k * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7);
+            WEIGHTS(6, w + k * TILE_BYTES); _tile_dpbf16ps(0, 4, 6);
+            WEIGHTS(7, w + step + k * TILE_BYTES); _tile_dpbf16ps(1, 4, 7);
+            WEIGHTS(6, w + 2 * step + k * TILE_BYTES); _tile_dpbf16ps(2, 4, 6);
+            WEIGHTS(7, w + 3 * step + k * TILE_BYTES); _tile_dpbf16ps(3, 4, 7);
         }
         STORE(0, row, rows, panel);
         STORE(1, row, rows, panel + 1);
@@ -112,7 +123,7 @@ static void short_strip(const Product *p, long row, long rows, long panel, long 
         _tile_zero(0);
         for (long k = 0; k < p->blocks; k++) {
             _tile_loadd(4, x + k * 64, wide);
-            _tile_loadd(6, w + k * TILE_BYTES, 64); _tile_dpbf16ps(0, 4, 6);
+            WEIGHTS(6, w + k * TILE_BYTES); _tile_dpbf16ps(0, 4, 6);
         }
         STORE(0, row, rows, panel);
     }
@@ -126,7 +137,7 @@ static void long_strip(const Product *p, long row, long low, long panel, long la
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
         for (long k = 0; k < p->blocks; k++) {
             _tile_loadd(4, x + k * 64, wide); _tile_loadd(5, below + k * 64, wide);
-            _tile_loadd(6, w + k * TILE_BYTES, 64); _tile_loadd(7, w + step + k * TILE_BYTES, 64);
+            WEIGHTS(6, w + k * TILE_BYTES); WEIGHTS(7, w + step + k * TILE_BYTES);
             _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
             _tile_dpbf16ps(2, 4, 7); _tile_dpbf16ps(3, 5, 7);
         }
@@ -139,7 +150,7 @@ static void long_strip(const Product *p, long row, long low, long panel, long la
         _tile_zero(0); _tile_zero(1);
         for (long k = 0; k < p->blocks; k++) {
             _tile_loadd(4, x + k * 64, wide); _tile_loadd(5, below + k * 64, wide);
-            _tile_loadd(6, w + k * TILE_BYTES, 64);
+            WEIGHTS(6, w + k * TILE_BYTES);
             _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
         }
         STORE(0, row, PAIRS, panel);
