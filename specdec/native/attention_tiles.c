@@ -16,9 +16,11 @@
 
 #include "amx.h"
 
+#define LINE 32      /* numbers of a line of the processor's caches */
 #define WIDE 16      /* keys, rows and pairs of a tile */
 #define MOST_ROWS 48 /* packed query rows of one piece of work: three tiles */
 #define NEARBY 64    /* keys that stay near while all rows of a piece meet their values */
+#define AHEAD 32     /* keys behind those at work that are fetched */
 
 /* Parts of a thread's scratch: turned queries, scores [keys, wide rows], results [rows, size], the last keys. */
 typedef struct {
@@ -41,6 +43,7 @@ static void turn_queries(const Attention *a, long b, long g, long first, long co
 /* Scores of all rows with sixteen keys. */
 INLINE void score(const uint16_t *keys, const uint16_t *turned, long size, long wide, float *scores) {
     const long step = WIDE * size; /* of the turned queries of one tile of rows */
+    for (long i = 0; i < WIDE * size; i += LINE) __builtin_prefetch(keys + AHEAD * size + i);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -90,18 +93,33 @@ INLINE floats soften(float *scores, long wide, long total, float scale) {
     return sum;
 }
 
-/* out[rows, size] += weights[keys, rows]' . values[keys, size], over keys in order. */
+/* out[rows, d..] += weights[keys, rows]' . values[keys, d..], so many vectors wide, over keys in order. */
+INLINE void weigh_strip(const float *weights, long wide, const uint16_t *values, long size, long keys, const int rows,
+                        const int vectors, long d, float *out) {
+    floats total[2 * ROWS];
+    UNROLL for (int i = 0; i < rows * vectors; i++)
+        total[i] = *(floats *)(out + i / vectors * size + d + i % vectors * LANES);
+    for (long j = 0; j < keys; j++) {
+        const uint16_t *at = values + j * size + d;
+        floats value[4];
+        UNROLL for (int i = 0; i < vectors * LANES; i += LINE) __builtin_prefetch(at + AHEAD * size + i);
+        UNROLL for (int i = 0; i < vectors; i++) value[i] = load(at, i * LANES, BFLOAT16);
+        UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL for (int i = 0; i < vectors; i++) total[r * vectors + i] += value[i] * weights[j * wide + r];
+        }
+    }
+    UNROLL for (int i = 0; i < rows * vectors; i++)
+        *(floats *)(out + i / vectors * size + d + i % vectors * LANES) = total[i];
+}
+
+/* All of a head, in strips with as many sums as the registers hold: that hides the latency of one. */
 INLINE void weigh(const float *weights, long wide, const uint16_t *values, long size, long keys, const int rows,
                   float *out) {
-    for (long d = 0; d < size; d += LANES) {
-        floats total[ROWS];
-        UNROLL for (int r = 0; r < rows; r++) total[r] = *(floats *)(out + r * size + d);
-        for (long j = 0; j < keys; j++) {
-            floats value = load(values, j * size + d, BFLOAT16);
-            UNROLL for (int r = 0; r < rows; r++) total[r] += value * weights[j * wide + r];
-        }
-        UNROLL for (int r = 0; r < rows; r++) *(floats *)(out + r * size + d) = total[r];
-    }
+    const int vectors = rows > ROWS / 2 ? 2 : 4;
+    long d = 0;
+    for (; d + vectors * LANES <= size; d += vectors * LANES)
+        weigh_strip(weights, wide, values, size, keys, rows, vectors, d, out);
+    if (d < size) weigh_strip(weights, wide, values, size, keys, rows, 2, d, out);
 }
 
 /* Packed rows first..first+count of KV head `g` of request `b`. */
