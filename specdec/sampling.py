@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.fused import available
+from specdec.native.largest import can_find, places
 from specdec.tree import DraftTree
 
 MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
@@ -305,6 +306,9 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
         from specdec.fused.largest import largest as fused
 
         return fused(scores)
+    if can_find(scores):
+        where = places(scores)
+        return scores.gather(-1, where[..., None])[..., 0], where
     found = scores.max(dim=-1)
     return found.values, found.indices
 

@@ -16,7 +16,7 @@ from specdec.attention.protocol import tree_rows
 from specdec.cache import KVCache
 from specdec.drafting.protocol import Drafter, Shape
 from specdec.engine.batch import Batch
-from specdec.sampling import choose, process, spread
+from specdec.sampling import choose, largest, process, spread
 from specdec.target.protocol import Target
 from specdec.tree import DraftTree, trim
 
@@ -57,8 +57,7 @@ class Emitted:
     def of(outcome: Outcome) -> Emitted:
         """Read a round that ran step by step."""
         tree, verdict = outcome.tree, outcome.verdict
-        rows = torch.arange(len(verdict.kept), device=verdict.kept.device)[:, None]
-        sick = outcome.logits[rows, verdict.kept].amax(dim=-1).isnan().any(dim=1)
+        sick = largest(outcome.logits)[0].isnan().gather(1, verdict.kept).any(dim=1)
         return Emitted(
             verdict.counts.tolist(),
             verdict.tokens.tolist(),

@@ -22,7 +22,15 @@ import torch
 from specdec.places import cache_root
 
 SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
-SOURCES = ("linear.c", "tiles.c", "attention.c", "attention_tiles.c", "elementwise.c", "layers.c")
+SOURCES = (
+    "linear.c",
+    "tiles.c",
+    "attention.c",
+    "attention_tiles.c",
+    "elementwise.c",
+    "layers.c",
+    "largest.c",
+)
 HEADERS = ("vectors.h", "exponential.h", "kernels.h", "visible.h", "amx.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
 FLAGS = (
@@ -121,6 +129,8 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_norm.restype = None
     loaded.specdec_gate.argtypes = [pointer] * 2 + [whole] * 2 + [small] * 2
     loaded.specdec_gate.restype = None
+    loaded.specdec_largest.argtypes = [pointer] * 2 + [whole] * 2 + [small] * 2
+    loaded.specdec_largest.restype = None
     loaded.specdec_place.argtypes = [pointer]
     loaded.specdec_place.restype = None
     loaded.specdec_layers.argtypes = [pointer, whole, pointer]
