@@ -40,6 +40,7 @@ LATER = (
 )  # fmt: skip
 PRIOR_TRIALS = 16.0  # trials the prior counts for
 MEMORY = 512.0  # trials after which counts are halved, so that estimates follow the traffic
+LEARNED = 16  # rounds of a text nobody asked about that are still learned from
 
 
 def _buckets(edges: Sequence[int], top: int) -> list[int]:
@@ -101,11 +102,24 @@ class _Place:
     depth: int
 
 
+@dataclass(slots=True)
+class _Text:
+    """A slot's text: the part that is indexed, and what came since and is read when somebody asks.
+
+    Attributes:
+        unread: tokens to index; rounds: what each round emitted, to learn from and index after them.
+    """
+
+    indexed: SuffixAutomaton
+    unread: list[int]
+    rounds: list[list[int]]
+
+
 class NgramDrafter:
     """Trees out of the request's own text.
 
     One automaton per slot, one calibration for all requests. All work is on the host: a few microseconds per
-    emitted token and per node.
+    emitted token and per node, and none for texts that nobody asks about while speculation is off.
     """
 
     name = "ngram"
@@ -114,14 +128,21 @@ class NgramDrafter:
 
     def __init__(self) -> None:
         self.calibration = Calibration()
-        self._texts: dict[int, SuffixAutomaton] = {}
+        self._texts: dict[int, _Text] = {}
 
     def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
-        """Index the prompt and the first emitted token; features are not looked at."""
-        text = self._texts[slot] = SuffixAutomaton()
-        for token in tokens.tolist():
-            text.append(token)
-        text.append(root)
+        """Remember the prompt and the first emitted token; features are not looked at."""
+        self._texts[slot] = _Text(SuffixAutomaton(), [*tokens.tolist(), root], [])
+
+    def text(self, slot: int) -> SuffixAutomaton:
+        """All that the slot's request has said, indexed."""
+        text = self._texts[slot]
+        for token in text.unread:
+            text.indexed.append(token)
+        for number, tokens in enumerate(text.rounds, start=1):
+            self._read(text.indexed, tokens, learn=len(text.rounds) - number < LEARNED)
+        text.unread, text.rounds = [], []
+        return text.indexed
 
     def reuse(self, source: int, slot: int, rows: int) -> int:
         """All rows: the prompt is indexed anew by `admit`, without features."""
@@ -146,10 +167,10 @@ class NgramDrafter:
     def sketch(self, context: Context, shape: Shape) -> list[Sketch]:
         """The trees of `propose` before prices are looked at, best first."""
         pairs = zip(context.slots.tolist(), context.roots.tolist(), strict=True)
-        return [self._grow(self._texts[slot], root, shape) for slot, root in pairs]
+        return [self._grow(self.text(slot), root, shape) for slot, root in pairs]
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
-        """Learn from the emitted tokens which continuations held, and append them.
+        """Remember the emitted tokens, to learn from them which continuations held.
 
         A child of an accepted node is accepted when it is the next emitted token, so emitted tokens say all
         that `kept` says, and also what became of children that floors kept out of the tree: estimates of cut
@@ -157,15 +178,18 @@ class NgramDrafter:
         """
         rows = zip(context.slots.tolist(), verdict.counts.tolist(), verdict.tokens.tolist(), strict=True)
         for slot, count, tokens in rows:
-            text = self._texts[slot]
-            place: _Place | None = _Place(*text.match(), 0)
-            for token in tokens[:count]:
-                place = self._learn(text, place, token)
-                text.append(token)
+            self._texts[slot].rounds.append(tokens[:count])
 
     def release(self, slot: int) -> None:
         """Forget the text; what was learned of acceptance stays."""
         self._texts.pop(slot, None)
+
+    def _read(self, text: SuffixAutomaton, tokens: Sequence[int], *, learn: bool) -> None:
+        """Append what a round emitted."""
+        place = _Place(*text.match(), 0) if learn else None
+        for token in tokens:
+            place = self._learn(text, place, token)
+            text.append(token)
 
     def _learn(self, text: SuffixAutomaton, place: _Place | None, token: int) -> _Place | None:
         """Note whether `token` was foreseen at `place`; returns where it leads, if it was."""

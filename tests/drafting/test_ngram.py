@@ -45,7 +45,7 @@ def followers(text: list[int], words: list[int]) -> Counter[int]:
 
 def context(drafter: NgramDrafter, roots: list[int]) -> Context:
     slots = torch.arange(len(roots))
-    lengths = torch.tensor([len(drafter._texts[slot]) - 1 for slot in range(len(roots))])
+    lengths = torch.tensor([len(drafter.text(slot)) - 1 for slot in range(len(roots))])
     return Context(slots, torch.tensor(roots), lengths)
 
 
@@ -250,7 +250,18 @@ class TestAcceptance:
     def test_padding_of_the_verdict_is_not_text(self) -> None:
         drafter, c = admit([1, 2], [1, 2])
         drafter.observe(c, torch.zeros(2, 3, 0), verdict([[7], [7, 8, 9]]))
-        assert [len(drafter._texts[slot]) for slot in (0, 1)] == [3, 5]
+        assert [len(drafter.text(slot)) for slot in (0, 1)] == [3, 5]
+
+    def test_what_nobody_asks_about_is_read_later_and_the_same(self) -> None:
+        (read, c), (unread, _) = admit([1, 2, 3]), admit([1, 2, 3])
+        for token in (1, 2, 3, 1, 2) * 2:
+            seen = verdict([[token]])
+            read.observe(c, torch.zeros(1, 1, 0), seen)
+            read.text(0)
+            unread.observe(c, torch.zeros(1, 1, 0), seen)
+        assert not len(unread._texts[0].indexed) > 3, "nobody has asked"
+        trees = [drafter.propose(context(drafter, [2]), WIDE) for drafter in (read, unread)]
+        assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].scores, trees[1].scores)
 
     def test_release_forgets(self) -> None:
         drafter, _ = admit([1, 2, 1, 2, 1])
@@ -272,6 +283,7 @@ def exhaust(drafter: NgramDrafter, rounds: int, *, hold: bool) -> None:
         drafter.admit(0, torch.tensor([1, 2, 3]), torch.zeros(3, 0), 1)
         follow = [2 if hold else 50 + turn]
         drafter.observe(context(drafter, [1]), torch.zeros(1, 1, 0), verdict([follow]))
+        drafter.text(0)  # somebody asks
         drafter.release(0)
 
 
