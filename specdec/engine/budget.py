@@ -16,11 +16,14 @@ from specdec.drafting.protocol import PLAIN, Shape
 from specdec.tree import DraftTree
 
 DECAY = 0.95  # of the running rate of speculation: about the last twenty rounds
-TRIAL = 12  # rounds before speculation may be judged by what it earned
+TRIAL = 12  # rounds of one request before speculation may be judged by what it earned
+FEWEST = 4  # such rounds of however many requests
 PROBE = 4  # rounds before whole sizes may be judged by what they promise
 SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
 NEW_PAUSE = 4  # of them at most before a request that runs alone is tried: another text, another chance
 LOSS = 0.98  # of plain decoding's rate that speculation must earn; looking in vain for lookups costs nothing
+TREE_DECAY = 0.8  # of how trees turn out against the table: the few rounds of a trial must tell
+MOST_DEARER = 2.0  # that one round may say of that
 MOST_BESIDE = 4.0  # forwards that a round's drafting and accepting may count for
 FEW_NODES = 16  # nodes over which the price of a single one is averaged
 LEAST_TRUST = (
@@ -140,6 +143,32 @@ class _Trial:
 
 
 @dataclass(slots=True)
+class _Pace:
+    """What rounds of one batch size take here and now, against what the table says.
+
+    Attributes:
+        beside: plain rounds' time beside their forward, as a multiple of it.
+        plain: seconds of a plain forward over the table's milliseconds.
+        trees: the same of trees over that of plain forwards, measured one soon after the other: texts are longer than
+            the table's, and a tree may suffer more from that.
+    """
+
+    beside: float
+    plain: float
+    trees: float = 1.0
+
+    def note_plain(self, beside: float, pace: float) -> None:
+        """A plain round took so much."""
+        self.beside = DECAY * self.beside + (1 - DECAY) * beside
+        self.plain = DECAY * self.plain + (1 - DECAY) * pace
+
+    def note_tree(self, pace: float) -> None:
+        """A round over trees took so much soon after plain ones; a pause of the machine must not count for much."""
+        ratio = min(max(pace / self.plain, 1 / MOST_DEARER), MOST_DEARER)
+        self.trees += (1 - TREE_DECAY) * (ratio - self.trees)
+
+
+@dataclass(slots=True)
 class Budget:
     """Chooses the shape of the next round's trees.
 
@@ -156,9 +185,7 @@ class Budget:
     adaptive: bool = True
     fixed: bool = False
     trials: dict[int, _Trial] = field(default_factory=dict)
-    beside: dict[int, float] = field(
-        default_factory=dict
-    )  # plain rounds' time beside their forward, a multiple of it
+    paces: dict[int, _Pace] = field(default_factory=dict)
 
     def shape(self, batch: int) -> Shape:
         """The shape for a round of `batch` requests."""
@@ -173,7 +200,7 @@ class Budget:
         # time in tokens per request, and in the drafter's own currency: a node promising p brings trust * p
         worth = self._rate(batch, trial) / batch / trial.trust()
         one = self.costs.verify_ms(batch, 1)
-        prices = [worth * (self.costs.verify_ms(batch, n) - one) for n in range(1, self.limit.nodes + 1)]
+        prices = [worth * (self._verify_ms(batch, n) - one) for n in range(1, self.limit.nodes + 1)]
         few = min(FEW_NODES, self.limit.nodes)
         first = self.costs.draft_ms(batch, 1)
         level = self.costs.draft_ms(batch, 2) - first
@@ -239,13 +266,30 @@ class Budget:
             return
         batch = len(tree.tokens)
         if shape.depth:
-            # looking in vain costs nothing to speak of
-            drafted = tree.nodes > 1 or tree.levels
-            beside = _beside(seconds, "draft", "accept") if drafted and seconds else None
+            # looking in vain costs nothing to speak of; and a trial's first round reads all that was written while
+            # nobody asked, which no later one has to
+            timed = (tree.nodes > 1 or tree.levels) and self._trial(batch).rounds > 0
+            beside = None
+            if timed and seconds:
+                beside = _beside(seconds, "draft", "accept")
+                self._note_tree(batch, tree.nodes, seconds["verify"])
             self.earned(batch, tree.nodes, tree.levels, tree.promised(), emitted, beside)
         elif seconds:
-            known = self.beside.get(_bucket(batch), _beside(seconds, "accept"))
-            self.beside[_bucket(batch)] = DECAY * known + (1 - DECAY) * _beside(seconds, "accept")
+            beside, pace = _beside(seconds, "accept"), seconds["verify"] / self.costs.verify_ms(batch, 1)
+            self.paces.setdefault(_bucket(batch), _Pace(beside, pace)).note_plain(beside, pace)
+
+    def _note_tree(self, batch: int, nodes: int, seconds: float) -> None:
+        """A forward over trees took so long. Only of use while the plain ones before it are not long ago."""
+        assert self.costs is not None
+        pace = self.paces.get(_bucket(batch))
+        if nodes > 1 and pace is not None and self._trial(batch).rounds < TRIAL:
+            pace.note_tree(seconds / self.costs.verify_ms(batch, nodes))
+
+    def _verify_ms(self, batch: int, nodes: int) -> float:
+        """The table's word, corrected by how trees turn out here."""
+        assert self.costs is not None
+        pace = self.paces.get(_bucket(batch))
+        return self.costs.verify_ms(batch, nodes) * (pace.trees if pace is not None and nodes > 1 else 1.0)
 
     def earned(
         self, batch: int, nodes: int, levels: int, promised: float, emitted: int, beside: float | None = None
@@ -259,14 +303,14 @@ class Budget:
         if not self.adaptive or self.costs is None:
             return
         trial = self._trial(batch)
-        spent = self.costs.verify_ms(batch, nodes)
+        spent, pace = self._verify_ms(batch, nodes), self.paces.get(_bucket(batch))
         if beside is None:
             spent += self.costs.draft_ms(batch, levels)
         else:
-            spent *= (1 + beside) / (1 + self.beside.get(_bucket(batch), 0.0))
+            spent *= (1 + beside) / (1 + (pace.beside if pace is not None else 0.0))
         trial.note(emitted, spent, promised, emitted - batch, batch * math.log2(nodes) if nodes > 1 else 1.0)
         plain = batch / self.costs.verify_ms(batch, 1)
-        loses = trial.rounds >= TRIAL and trial.tokens / trial.ms < LOSS * plain
+        loses = trial.rounds >= _enough(batch) and trial.tokens / trial.ms < LOSS * plain
         if self.fixed and trial.rounds >= PROBE:
             loses = loses or self._size(batch, trial)[1] < LOSS
         if loses:
@@ -280,6 +324,11 @@ class Budget:
 def _beside(seconds: Mapping[str, float], *phases: str) -> float:
     """Time of these phases over the forward's; a pause of the machine in one of them must not count for much."""
     return min(sum(seconds[phase] for phase in phases) / max(seconds["verify"], 1e-9), MOST_BESIDE)
+
+
+def _enough(batch: int) -> int:
+    """Rounds before a verdict: the more requests took part in each, the fewer."""
+    return max(round(TRIAL / math.sqrt(batch)), FEWEST)
 
 
 def _bucket(batch: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specdec.drafting.protocol import PLAIN, Shape
-from specdec.engine.budget import LONGEST_PAUSE, NEW_PAUSE, SHORTEST_PAUSE, TRIAL, Budget, CostTable
+from specdec.engine.budget import FEWEST, LONGEST_PAUSE, NEW_PAUSE, SHORTEST_PAUSE, TRIAL, Budget, CostTable
 from specdec.tree import DraftTree, chain
 
 TABLE = CostTable({1: {1: 10.0, 4: 16.0, 8: 20.0}, 4: {1: 20.0, 4: 40.0}}, {1: 2.0, 4: 4.0}, {1: 3.0, 4: 5.0})
@@ -128,9 +128,9 @@ def test_speculation_that_pays_goes_on_and_batch_sizes_are_judged_apart() -> Non
 
 def test_a_request_that_runs_alone_is_soon_tried_again() -> None:
     budget = Budget(TABLE, LIMIT)
-    for _ in range(TRIAL):
-        budget.note(LIMIT, _tree(8), emitted=1)
-        budget.note(LIMIT, _tree(8, batch=4), emitted=4)
+    for batch, rounds in ((1, TRIAL), (4, TRIAL // 2)):
+        for _ in range(rounds):
+            budget.note(LIMIT, _tree(8, batch), emitted=batch)
     assert budget.trials[1].paused == budget.trials[4].paused == SHORTEST_PAUSE
     budget.welcome(3)  # one of many changes little
     assert budget.trials[1].paused == SHORTEST_PAUSE
@@ -158,6 +158,42 @@ def test_a_round_is_judged_by_the_time_it_took_beside_its_forward() -> None:
                 budget.note(LIMIT, replace(_tree(8), levels=2), 3, seconds)
                 budget.trials[1].paused = 0
             assert (budget.trials[1].pause == SHORTEST_PAUSE) == paid
+
+
+def test_many_requests_are_judged_sooner() -> None:
+    for batch, enough in ((1, TRIAL), (4, TRIAL // 2), (16, FEWEST)):
+        budget = Budget(TABLE, LIMIT)
+        for _ in range(enough):
+            assert budget.shape(batch) != PLAIN
+            budget.note(LIMIT, _tree(8, batch), emitted=batch)
+        assert budget.shape(batch) == PLAIN
+
+
+def test_what_a_trial_has_to_read_first_does_not_count() -> None:
+    """Speculation that pays is not given up because much was written before it was tried."""
+    budget = Budget(TABLE, LIMIT)
+    for turn in range(2 * TRIAL):
+        seconds = {"draft": 4.0 if turn == 0 else 0.2, "verify": 1.0, "accept": 0.0}
+        budget.note(LIMIT, _tree(8), emitted=3 - turn % 2, seconds=seconds)
+    assert budget.shape(1) != PLAIN and budget.trials[1].pause == SHORTEST_PAUSE
+
+
+def test_trees_that_take_longer_than_the_table_says_are_found_out() -> None:
+    """Three tokens pay for a tree of twice a token's time, and not where it turns out to take twice that,
+    whatever the machine's speed; prices follow."""
+    for speed in (1.0, 1.7):
+        for ratio, paid in ((2.0, True), (4.0, False)):
+            budget = Budget(TABLE, LIMIT)
+            for _ in range(TRIAL):
+                budget.note(PLAIN, _tree(1), 1, {"draft": 0.0, "verify": speed, "accept": 0.0})
+            before = budget.shape(1).prices
+            for _ in range(2 * TRIAL):
+                seconds = {"draft": 0.0, "verify": ratio * speed, "accept": 0.0}
+                budget.note(LIMIT, _tree(8), 3, seconds)
+                budget.trials[1].paused = 0
+            assert (budget.trials[1].pause == SHORTEST_PAUSE) == paid
+            budget.trials.clear()
+            assert (budget.shape(1).prices[7] > before[7] * 1.5) == (not paid)
 
 
 def test_looking_in_vain_is_no_loss_however_long_it_takes() -> None:
