@@ -3,11 +3,13 @@
 Starts the servers it is told to (or takes running ones by URL) and measures three things:
 
     each set, one client     every prompt is answered by every system, in an order that rotates from prompt to prompt
-    closed loop              so many clients, each asking again when answered; systems in turn
-    open loop                Poisson arrivals that wait for nobody; systems in turn
+    closed loop              so many clients, each asking again when answered; block by block, systems in turn
+    open loop                Poisson arrivals that wait for nobody; block by block, systems in turn
 
 A system is a server asked in one way; `specdec` is asked with and without speculation, so that one process is
-compared with itself. Ratios are of tokens per second of latency over the same prompts, with bootstrap intervals.
+compared with itself (of loops only, where a plain server is there: who is asked a prompt for the second time need not
+read it). Ratios are of tokens per second, of latency over the same prompts for one client and of whole blocks in loops,
+with bootstrap intervals; blocks are short, because a machine has faster and slower minutes.
 Rows are appended to `results/serving.jsonl` as they are measured. Knows no engine, only `load` and `servers`.
 """
 
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -68,14 +69,23 @@ class Bench:
     load: Load
     common: Mapping[str, Any]
 
+    def alone(self) -> list[System]:
+        """Whom a single client asks: no server twice where a plain one is there to compare with."""
+        compared = any(system.name == "plain" for system in self.systems)
+        return [system for system in self.systems if not (compared and system.plain)]
+
     def rows(
-        self, point: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], told: Mapping[str, Any]
+        self, point: Mapping[str, Any], timed: Mapping[str, Sequence[Timed | None]], told: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """One row per system, with its ratio over every other; appended to the results."""
+        """One row per system, with its ratio over every other; appended to the results.
+
+        Args:
+            timed: of each system, per prompt or block; None where it failed.
+        """
         rows = []
-        for name, mine in traces.items():
+        for name, mine in timed.items():
             row = {**self.common, **point, "system": name, **told[name]}
-            for other, theirs in traces.items():
+            for other, theirs in timed.items():
                 if other != name and (pair := _both(mine, theirs)):
                     row[f"over_{other}"], row[f"over_{other}_ci"] = interval(*pair, ratio=True)
             rows.append(row)
@@ -83,13 +93,12 @@ class Bench:
         return rows
 
 
-def _both(mine: Sequence[Trace], theirs: Sequence[Trace]) -> tuple[list[Timed], list[Timed]] | None:
-    """(tokens, latency) of the prompts that both answered; None when there is none."""
-    good = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.error is None and b.error is None]
-    if not good:
-        return None
-    left, right = ([(float(t.tokens), t.ended - t.sent) for t in side] for side in zip(*good, strict=True))
-    return left, right
+def _both(
+    mine: Sequence[Timed | None], theirs: Sequence[Timed | None]
+) -> tuple[list[Timed], list[Timed]] | None:
+    """What both have done; None when there is nothing."""
+    good = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
+    return ([a for a, _ in good], [b for _, b in good]) if good else None
 
 
 async def warm_up(bench: Bench) -> None:
@@ -103,48 +112,60 @@ async def warm_up(bench: Bench) -> None:
 
 async def one_by_one(bench: Bench, name: str, asked: Sequence[Messages]) -> list[dict[str, Any]]:
     """One client: each prompt goes to every system before the next prompt, in an order that rotates."""
-    systems = bench.systems
+    systems = bench.alone()
     traces: dict[str, list[Trace]] = {system.name: [] for system in systems}
     grown: dict[str, dict[str, float]] = {system.name: {} for system in systems}
     async with browser() as web:
         for number, messages in enumerate(asked):
-            turn = number % len(systems)
-            for system in [*systems[turn:], *systems[:turn]]:
+            for system in _rotated(systems, number):
                 before = await scrape(web, system.url)
                 traces[system.name].append(await ask(web, bench.load, system, messages))
                 _add(grown[system.name], since(before, await scrape(web, system.url)))
+    timed: dict[str, list[Timed | None]] = {}
     told = {}
-    for system in systems:
-        mine = traces[system.name]
+    for who, mine in traces.items():
         busy = sum(trace.ended - trace.sent for trace in mine)
-        told[system.name] = {**summarise(bench.load, mine, busy), "tau": tau(grown[system.name])}
-    return bench.rows({"set": name, "loop": "closed", "clients": 1}, traces, told)
+        told[who] = {**summarise(bench.load, mine, busy), "tau": tau(grown[who])}
+        timed[who] = [None if t.error else (float(t.tokens), t.ended - t.sent) for t in mine]
+    return bench.rows({"set": name, "loop": "closed", "clients": 1}, timed, told)
 
 
 async def together(
-    bench: Bench, asked: Sequence[Messages], *, clients: int | None = None, rate: float | None = None
+    bench: Bench, blocks: Sequence[Sequence[Messages]], *, clients: int = 1, rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """`clients` in a closed loop or arrivals at `rate`, over all systems in an order drawn by the seed."""
-    traces, told = {}, {}
-    order = list(bench.systems)
-    random.Random(f"{bench.load.seed}/{clients}/{rate}").shuffle(order)
+    """`clients` in a closed loop or arrivals at `rate`: each block goes to every system before the next one does."""
+    timed: dict[str, list[Timed | None]] = {system.name: [] for system in bench.systems}
+    traces: dict[str, list[Trace]] = {system.name: [] for system in bench.systems}
+    grown: dict[str, dict[str, float]] = {system.name: {} for system in bench.systems}
     async with browser() as web:
-        for system in order:
-            before, began = await scrape(web, system.url), time.perf_counter()
+        for number, asked in enumerate(blocks):
+            for system in _rotated(bench.systems, number):
+                before, began = await scrape(web, system.url), time.perf_counter()
 
-            async def one(messages: Messages, system: System = system) -> Trace:
-                return await ask(web, bench.load, system, messages)
+                async def one(messages: Messages, system: System = system) -> Trace:
+                    return await ask(web, bench.load, system, messages)
 
-            if rate is None:
-                traces[system.name] = await closed(one, asked, clients or 1)
-            else:
-                traces[system.name] = await arriving(one, asked, rate, bench.load.seed)
-            seconds = time.perf_counter() - began
-            grown = since(before, await scrape(web, system.url))
-            told[system.name] = {**summarise(bench.load, traces[system.name], seconds), "tau": tau(grown)}
+                mine = await (
+                    closed(one, asked, clients)
+                    if rate is None
+                    else arriving(one, asked, rate, bench.load.seed + number)
+                )
+                seconds = time.perf_counter() - began
+                _add(grown[system.name], since(before, await scrape(web, system.url)))
+                traces[system.name] += mine
+                timed[system.name].append((float(sum(t.tokens for t in mine if t.error is None)), seconds))
+    told = {}
+    for name, mine in traces.items():
+        busy = sum(block[1] for block in timed[name] if block is not None)
+        told[name] = {**summarise(bench.load, mine, busy), "blocks": len(blocks), "tau": tau(grown[name])}
     point = {"loop": "closed", "clients": clients} if rate is None else {"loop": "open", "rate": rate}
-    named = {system.name: traces[system.name] for system in bench.systems}
-    return bench.rows({"set": "mixed", **point}, named, told)
+    return bench.rows({"set": "mixed", **point}, timed, told)
+
+
+def _rotated(systems: Sequence[System], turn: int) -> list[System]:
+    """Each in its turn the first."""
+    first = turn % len(systems)
+    return [*systems[first:], *systems[:first]]
 
 
 def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
@@ -183,7 +204,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--clients", nargs="*", type=int, default=[2, 4, 8, 16], help="closed loop over all sets"
     )
     what.add_argument("--rates", nargs="*", type=float, default=[], help="open loop, requests per second")
-    what.add_argument("--requests", type=int, default=32, help="per point of a loop")
+    what.add_argument("--requests", type=int, default=32, help="per block of a loop")
+    what.add_argument("--blocks", type=int, default=4, help="per point of a loop")
     what.add_argument("--max-tokens", type=int, default=128)
     what.add_argument("--temperature", type=float, default=0.0)
     what.add_argument("--first-slo", type=float, default=2.0, metavar="SECONDS", help="to the first token")
@@ -203,11 +225,12 @@ async def measure(bench: Bench, args: argparse.Namespace, console: Console) -> l
 
     for name in args.sets if args.each else ():
         note(await one_by_one(bench, name, conversations(name, args.each)))
-    asked = in_turn([conversations(name) for name in args.sets], args.requests)
+    asked = in_turn([conversations(name) for name in args.sets], args.requests * args.blocks)
+    blocks = [asked[at : at + args.requests] for at in range(0, len(asked), args.requests)]
     for clients in args.clients:
-        note(await together(bench, asked, clients=clients))
+        note(await together(bench, blocks, clients=clients))
     for rate in args.rates:
-        note(await together(bench, asked, rate=rate))
+        note(await together(bench, blocks, rate=rate))
     return rows
 
 

@@ -31,8 +31,8 @@ def test_points_against_a_live_server(tmp_path: Path, monkeypatch: pytest.Monkey
         bench = Bench(systems_at("specdec", live.url), LOAD, {"target": "tiny"})
         asyncio.run(warm_up(bench))
         alone = asyncio.run(one_by_one(bench, "chat", [HELLO] * 3))
-        closed = asyncio.run(together(bench, [HELLO] * 4, clients=2))
-        opened = asyncio.run(together(bench, [HELLO] * 4, rate=50.0))
+        closed = asyncio.run(together(bench, [[HELLO] * 2] * 2, clients=2))
+        opened = asyncio.run(together(bench, [[HELLO] * 2] * 2, rate=50.0))
     for rows, requests in ((alone, 3), (closed, 4), (opened, 4)):
         fast, plain = rows
         assert fast["system"] == "specdec"
@@ -45,6 +45,13 @@ def test_points_against_a_live_server(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [row["loop"] for row in (*alone, *closed, *opened)] == ["closed"] * 4 + ["open"] * 2
     written = [json.loads(line) for line in (tmp_path / "serving.jsonl").read_text().splitlines()]
     assert [row["system"] for row in written] == ["specdec", "same server, plain"] * 3
+
+
+def test_no_server_answers_a_prompt_twice_where_a_plain_one_is_compared_with() -> None:
+    ours = [System("specdec", "a", "m"), System("same server, plain", "a", "m", plain=True)]
+    assert Bench(ours, LOAD, {}).alone() == ours
+    other = System("plain", "b", "m")
+    assert Bench([*ours, other], LOAD, {}).alone() == [ours[0], other]
 
 
 def test_failures_are_counted_and_told(tmp_path: Path) -> None:
