@@ -32,11 +32,17 @@ from specdec.tree import MAX_NODES, DraftTree
 
 CHUNK = 512  # rows of a prompt the head reads at once
 TOGETHER = 16  # pending rows up to which requests are extended in one padded batch
+LEFT_BYTES = 4 * 2**20  # of unread features that a slot keeps for whoever comes with the same beginning
 
 
 @dataclass(slots=True)
 class _Lane:
-    """One slot: rows the head has read, pairs it has yet to read, and its output at the last row read."""
+    """One slot: rows the head has read, and the pairs it has yet to read.
+
+    Attributes:
+        features, tokens: parts of those pairs, as long as a request is there. What one leaves behind are features
+            alone: the tokens after them are the next one's own.
+    """
 
     rows: int = 0
     features: list[Tensor] | None = None
@@ -73,15 +79,18 @@ class EagleDrafter:
     def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
         """Remember the prompt's pairs; the head reads them at the first proposal."""
         lane = self.lanes[slot]
-        lane.rows = tokens.shape[0] - features.shape[0]
-        after = torch.cat([tokens[lane.rows + 1 :], tokens.new_tensor([root])])
-        lane.features, lane.tokens = [features], [after]
+        lane.features = [*(lane.features or []), features]  # behind those taken over
+        lane.rows = tokens.shape[0] - sum(len(part) for part in lane.features)
+        lane.tokens = [torch.cat([tokens[lane.rows + 1 :], tokens.new_tensor([root])])]
 
     def reuse(self, source: int, slot: int, rows: int) -> int:
-        """Rows the head has read of the source, less the last whose next token may differ."""
-        kept = max(0, min(rows - 1, self.lanes[source].rows))
-        self.cache.copy_prefix(source, slot, kept)
-        self.lanes[slot].rows = kept
+        """Rows of the source, less the last whose next token may differ: what the head has read, and the features of
+        what it has not."""
+        read, unread = self.lanes[source].rows, _joined(self.lanes[source].features)
+        kept = max(0, min(rows - 1, read + (0 if unread is None else len(unread))))
+        read = min(read, kept)
+        self.cache.copy_prefix(source, slot, read)
+        self.lanes[slot] = _Lane(read, None if unread is None or kept == read else [unread[: kept - read]])
         return kept
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:
@@ -97,8 +106,13 @@ class EagleDrafter:
             lane.tokens.append(tokens[:count])
 
     def release(self, slot: int) -> None:
-        """Forget what is pending; rows already read stay for `reuse`."""
-        self.lanes[slot].features = self.lanes[slot].tokens = None
+        """Forget the tokens that are pending; rows already read, and some features of others, stay for `reuse`."""
+        lane = self.lanes[slot]
+        left = _joined(lane.features)
+        if left is not None:
+            most = LEFT_BYTES // (left.shape[1] * left.element_size())
+            left = left if len(left) <= most else left[:most].clone()
+        lane.features, lane.tokens = None if left is None else [left], None
 
     def propose(self, context: Context, shape: Shape) -> DraftTree:
         """Grow level by level from the head's own output, then keep the likeliest nodes."""
@@ -219,3 +233,7 @@ class EagleDrafter:
         self.last[where] = y[torch.arange(len(slots), device=tokens.device), last]
         for slot, count in zip(slots, counts, strict=True):
             self.lanes[slot].rows += count
+
+
+def _joined(parts: list[Tensor] | None) -> Tensor | None:
+    return torch.cat(parts) if parts else None

@@ -166,8 +166,10 @@ def test_prompt_chunking_does_not_matter(target_of: Targets, plain: Callable, ch
     assert [r.output for r in requests] == wanted
 
 
+@pytest.mark.parametrize("unread", [False, True], ids=["", "unread"])
 @pytest.mark.parametrize("name", ["none", "ngram", "eagle", "mixed"])
-def test_a_taken_over_prefix_equals_a_fresh_one(target_of: Targets, name: str) -> None:
+def test_a_taken_over_prefix_equals_a_fresh_one(target_of: Targets, name: str, unread: bool) -> None:
+    """Also where the head has not read it, because its request ran plainly."""
     target = target_of("mistral")
     first = _prompt(30, 8)
     sampling = Sampling(max_tokens=12)
@@ -181,12 +183,19 @@ def test_a_taken_over_prefix_equals_a_fresh_one(target_of: Targets, name: str) -
     )
     machine = engines.engine(target, drafter, FULL)
     requests = _batch(settings)
+    requests[0].speculate = not unread
     for part in (requests[:1], requests[1:3], requests[3:]):
         engines.run(machine, part)
     assert [r.output for r in requests] == wanted
     assert requests[1].reused >= 19
     assert requests[2].reused >= 40
     assert requests[3].reused >= 19
+    if name != "eagle":
+        return
+    for request, setting in zip(requests[1:], settings[1:], strict=True):
+        fresh = _batch([setting])
+        engines.run(engines.engine(target, _head_drafter(target, wanted), FULL), fresh)
+        assert request.counters.accepted == fresh[0].counters.accepted, "the head saw something else"
 
 
 def test_a_plain_request_among_speculating_ones_stays_plain(target_of: Targets, plain: Callable) -> None:
