@@ -1,4 +1,4 @@
-"""How much to draft: a cost table measured on this machine, and what a node or a level must promise to pay.
+"""How much to draft: what a node or a level must promise to pay, and whether speculation pays at all.
 
 Everything is expressed in milliseconds and tokens: a node is verified when the tokens it is expected to add are worth
 more than the time it takes at the rate already achieved; a level is grown on the same terms; and where whole rounds
@@ -8,164 +8,21 @@ of speculation earn less than plain ones, it is switched off and tried again lat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from specdec.drafting.protocol import PLAIN, Shape
+from specdec.engine.cost_table import CostTable
+from specdec.engine.experience import SHORTEST_PAUSE, TRIAL, Pace, Trial
 from specdec.tree import DraftTree
 
-DECAY = 0.95  # of the running rate of speculation: about the last twenty rounds
-TRIAL = 12  # rounds of one request before speculation may be judged by what it earned
-FEWEST = 4  # such rounds of however many requests
+FEWEST = 4  # rounds of however many requests before speculation may be judged by what it earned
 PROBE = 4  # rounds before whole sizes may be judged by what they promise
-SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
-NEW_PAUSE = 4  # of them at most before a request that runs alone is tried: another text, another chance
+NEW_PAUSE = 4  # plain rounds at most before a request that runs alone is tried: another text, another chance
 LOSS = 0.98  # of plain decoding's rate that speculation must earn; looking in vain for lookups costs nothing
-TREE_DECAY = 0.8  # of how trees turn out against the table: the few rounds of a trial must tell
-MOST_DEARER = 2.0  # that one round may say of that
 MOST_BESIDE = 4.0  # forwards that a round's drafting and accepting may count for
 FEW_NODES = 16  # nodes over which the price of a single one is averaged
-LEAST_TRUST = (
-    0.25  # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
-)
-FIRST_GAIN, FIRST_DOUBLINGS = (
-    0.35,
-    16,
-)  # accepted drafts per doubling of the tree before any round, and its weight
 CARRY = 0.6  # share of a frontier's mass that the next level is expected to win
-
-
-@dataclass(frozen=True, slots=True)
-class CostTable:
-    """Milliseconds of one forward, measured.
-
-    Attributes:
-        verify: {B: {N: ms}} of a target forward over B trees of N nodes, LM head included.
-        level: {B: ms} of one drafting level, growth included.
-        extend: {B: ms} of reading the newly accepted tokens and making the first level.
-    """
-
-    verify: Mapping[int, Mapping[int, float]]
-    level: Mapping[int, float]
-    extend: Mapping[int, float]
-
-    def verify_ms(self, batch: int, nodes: int) -> float:
-        """Interpolated milliseconds for `batch` trees of `nodes` nodes."""
-        return _between(self.verify, batch, lambda row: _between(row, nodes, float))
-
-    def draft_ms(self, batch: int, levels: int) -> float:
-        """Milliseconds of growing trees of `levels` levels."""
-        if levels == 0 or not self.level:
-            return 0.0
-        return _between(self.extend, batch, float) + (levels - 1) * _between(self.level, batch, float)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "verify": {b: dict(row) for b, row in self.verify.items()},
-            "level": dict(self.level),
-            "extend": dict(self.extend),
-        }
-
-    @staticmethod
-    def from_dict(data: Any) -> CostTable:
-        """Inverse of `as_dict`, also through JSON. Raises ValueError for anything that is not a table."""
-        try:
-            verify = {int(b): _milliseconds(row) for b, row in data["verify"].items()}
-            table = CostTable(verify, _milliseconds(data["level"]), _milliseconds(data["extend"]))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not a cost table: {error!r}") from error
-        if not verify or any(1 not in row for row in verify.values()):
-            raise ValueError("the cost table lacks cells")
-        if table.level.keys() != table.extend.keys():
-            raise ValueError("the cost table knows levels and extensions of different batches")
-        return table
-
-
-def _milliseconds(row: Mapping[str, Any]) -> dict[int, float]:
-    out = {int(k): float(v) for k, v in row.items()}
-    if not all(0 < ms < math.inf for ms in out.values()):
-        raise ValueError("milliseconds must be positive numbers")
-    return out
-
-
-def _between(table: Mapping[int, Any], at: int, value: Callable[[Any], float]) -> float:
-    """Linear interpolation in a table with whole-number keys; beyond its ends, in proportion to the last."""
-    known = sorted(table)
-    if at in table:
-        return value(table[at])
-    if at > known[-1]:
-        return value(table[known[-1]]) * at / known[-1]
-    high = next(k for k in known if k > at)
-    below = [k for k in known if k < at]
-    if not below:
-        return value(table[high])
-    low = below[-1]
-    share = (at - low) / (high - low)
-    return value(table[low]) * (1 - share) + value(table[high]) * share
-
-
-@dataclass(slots=True)
-class _Trial:
-    """Running sums of speculation at one batch size: what it earned, what drafts promised, whether it is paused."""
-
-    tokens: float = 0.0
-    ms: float = 0.0
-    promised: float = 0.0
-    kept: float = 0.0
-    doublings: float = 0.0
-    rounds: int = 0
-    paused: int = 0
-    pause: int = SHORTEST_PAUSE
-
-    def note(self, tokens: float, ms: float, promised: float, kept: float, doublings: float) -> None:
-        """Add a round; older ones fade."""
-        self.doublings = self.doublings * DECAY + doublings
-        self.tokens = self.tokens * DECAY + tokens
-        self.ms = self.ms * DECAY + ms
-        self.promised = self.promised * DECAY + promised
-        self.kept = self.kept * DECAY + kept
-        self.rounds += 1
-
-    def rest(self) -> None:
-        """Pause, for longer each time; what is known stays known."""
-        self.paused, self.pause, self.rounds = self.pause, min(2 * self.pause, LONGEST_PAUSE), 0
-
-    def gain(self) -> float:
-        """Accepted drafts per doubling of the tree."""
-        return (self.kept + FIRST_GAIN * FIRST_DOUBLINGS) / (self.doublings + FIRST_DOUBLINGS)
-
-    def trust(self) -> float:
-        """Accepted drafts over promised ones: how far the drafter's own probabilities can be believed."""
-        if self.rounds < TRIAL // 2 or self.promised <= 0:
-            return 1.0
-        return min(max(self.kept / self.promised, LEAST_TRUST), 1 / LEAST_TRUST)
-
-
-@dataclass(slots=True)
-class _Pace:
-    """What rounds of one batch size take here and now, against what the table says.
-
-    Attributes:
-        beside: plain rounds' time beside their forward, as a multiple of it.
-        plain: seconds of a plain forward over the table's milliseconds.
-        trees: the same of trees over that of plain forwards, measured one soon after the other: texts are longer than
-            the table's, and a tree may suffer more from that.
-    """
-
-    beside: float
-    plain: float
-    trees: float = 1.0
-
-    def note_plain(self, beside: float, pace: float) -> None:
-        """A plain round took so much."""
-        self.beside = DECAY * self.beside + (1 - DECAY) * beside
-        self.plain = DECAY * self.plain + (1 - DECAY) * pace
-
-    def note_tree(self, pace: float) -> None:
-        """A round over trees took so much soon after plain ones; a pause of the machine must not count for much."""
-        ratio = min(max(pace / self.plain, 1 / MOST_DEARER), MOST_DEARER)
-        self.trees += (1 - TREE_DECAY) * (ratio - self.trees)
 
 
 @dataclass(slots=True)
@@ -184,8 +41,8 @@ class Budget:
     limit: Shape
     adaptive: bool = True
     fixed: bool = False
-    trials: dict[int, _Trial] = field(default_factory=dict)
-    paces: dict[int, _Pace] = field(default_factory=dict)
+    trials: dict[int, Trial] = field(default_factory=dict)
+    paces: dict[int, Pace] = field(default_factory=dict)
 
     def shape(self, batch: int) -> Shape:
         """The shape for a round of `batch` requests."""
@@ -219,16 +76,16 @@ class Budget:
         if running == 0 and 1 in self.trials:
             self.trials[1].paused = min(self.trials[1].paused, NEW_PAUSE)
 
-    def _trial(self, batch: int) -> _Trial:
+    def _trial(self, batch: int) -> Trial:
         """What is known of this batch size. Whole sizes that cost too much from the start are tried later."""
         trial = self.trials.get(_bucket(batch))
         if trial is None:
-            trial = self.trials[_bucket(batch)] = _Trial()
+            trial = self.trials[_bucket(batch)] = Trial()
             if self.fixed and self._size(batch, trial)[1] < LOSS:
                 trial.rest()
         return trial
 
-    def _size(self, batch: int, trial: _Trial) -> tuple[Shape, float]:
+    def _size(self, batch: int, trial: Trial) -> tuple[Shape, float]:
         """The whole size that would have earned most lately, and its rate over plain decoding's.
 
         What a smaller tree would have brought is not known, so accepted drafts are taken to grow with the number of
@@ -252,7 +109,7 @@ class Budget:
             out.append(replace(out[-1], nodes=out[-1].nodes // 2, depth=out[-1].depth - 1))
         return out
 
-    def _rate(self, batch: int, trial: _Trial) -> float:
+    def _rate(self, batch: int, trial: Trial) -> float:
         """Tokens per millisecond that time is worth now: at least what plain decoding earns."""
         assert self.costs is not None
         plain = batch / self.costs.verify_ms(batch, 1)
@@ -276,7 +133,7 @@ class Budget:
             self.earned(batch, tree.nodes, tree.levels, tree.promised(), emitted, beside)
         elif seconds:
             beside, pace = _beside(seconds, "accept"), seconds["verify"] / self.costs.verify_ms(batch, 1)
-            self.paces.setdefault(_bucket(batch), _Pace(beside, pace)).note_plain(beside, pace)
+            self.paces.setdefault(_bucket(batch), Pace(beside, pace)).note_plain(beside, pace)
 
     def _note_tree(self, batch: int, nodes: int, seconds: float) -> None:
         """A forward over trees took so long. Only of use while the plain ones before it are not long ago."""
@@ -316,7 +173,7 @@ class Budget:
         if loses:
             trial.rest()
             if not self.fixed:  # where rounds are cut by their own drafts, each trial is judged by itself
-                self.trials[_bucket(batch)] = _Trial(paused=trial.paused, pause=trial.pause)
+                self.trials[_bucket(batch)] = Trial(paused=trial.paused, pause=trial.pause)
         elif trial.rounds > 4 * TRIAL:
             trial.pause = SHORTEST_PAUSE
 

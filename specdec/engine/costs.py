@@ -25,7 +25,7 @@ from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.mixed import MixedDrafter
 from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import Context, Drafter, Shape
-from specdec.engine.budget import CostTable
+from specdec.engine.cost_table import CostTable
 from specdec.engine.graphs import GraphedTarget, Recording
 from specdec.native.library import identity
 from specdec.sampling import likeliest

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from specdec.drafting.protocol import PLAIN, Shape
-from specdec.engine.budget import FEWEST, LONGEST_PAUSE, NEW_PAUSE, SHORTEST_PAUSE, TRIAL, Budget, CostTable
+from specdec.engine.budget import FEWEST, NEW_PAUSE, Budget
+from specdec.engine.cost_table import CostTable
+from specdec.engine.experience import LONGEST_PAUSE, SHORTEST_PAUSE, TRIAL
 from specdec.tree import DraftTree, chain
 
 TABLE = CostTable({1: {1: 10.0, 4: 16.0, 8: 20.0}, 4: {1: 20.0, 4: 40.0}}, {1: 2.0, 4: 4.0}, {1: 3.0, 4: 5.0})

@@ -13,7 +13,7 @@ from specdec.cache import KVCache
 from specdec.drafting.ngram import NgramDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.engine import costs
-from specdec.engine.budget import CostTable
+from specdec.engine.cost_table import CostTable
 from specdec.engine.engine import Limits
 from specdec.target.protocol import Target
 
