@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.errors import RequestError
 from specdec.fused import available
-from specdec.native.largest import can_find, places
+from specdec.native.largest import MOST, can_find, places, top
 from specdec.tree import DraftTree
 
 MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
@@ -310,6 +310,15 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
         where = places(scores)
         return scores.gather(-1, where[..., None])[..., 0], where
     found = scores.max(dim=-1)
+    return found.values, found.indices
+
+
+def top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest entries of each row [..., V]: their log-probabilities float32 [..., count] and which they
+    are int64 [..., count]; likeliest first."""
+    if count <= MOST and can_find(logits) and not logits.requires_grad:
+        return top(logits, count)
+    found = logits.float().log_softmax(dim=-1).topk(count, dim=-1)
     return found.values, found.indices
 
 

@@ -101,22 +101,20 @@ def chain(tokens: Tensor, sizes: Tensor | None = None) -> DraftTree:
     return build(tokens, parents, sizes)
 
 
-def expand(scores: Tensor, log_probs: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One level of EAGLE-2 growth: the `width` likeliest children of every frontier node.
+def expand(scores: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """One level of EAGLE-2 growth: every frontier node has its likeliest children, and the likeliest of all grow on.
 
     Args:
         scores: float32 [B, K] path log-probability of each frontier node.
-        log_probs: float32 [B, K, V] draft distribution at each frontier node.
-        width: children per node.
+        log_probs: float32 [B, K, W] of each one's children.
 
     Returns:
-        (draft ids int64 [B, K * width], path scores float32 [B, K * width], frontier int64 [B, width]):
-        the children in parent-major order and the indices among them that grow on.
+        (path scores float32 [B, K * W], frontier int64 [B, W]): of the children in parent-major order, and the indices
+        among them that grow on.
     """
-    top = log_probs.topk(width, dim=-1)
-    paths = (scores[..., None] + top.values).flatten(1)
-    frontier = torch.sort(paths, dim=1, descending=True, stable=True).indices[:, :width]
-    return top.indices.flatten(1), paths, frontier
+    paths = (scores[..., None] + log_probs).flatten(1)
+    frontier = torch.sort(paths, dim=1, descending=True, stable=True).indices[:, : log_probs.shape[-1]]
+    return paths, frontier
 
 
 def rerank(root: Tensor, tokens: Tensor, parents: Tensor, scores: Tensor, nodes: int) -> DraftTree:

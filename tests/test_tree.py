@@ -127,15 +127,14 @@ class TestShapes:
 
 
 class TestGrowth:
-    def test_expand_takes_the_likeliest_children_and_grows_the_best(self) -> None:
-        log_probs = torch.tensor([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]]]).log()
-        ids, scores, frontier = trees.expand(torch.tensor([[0.6, 0.4]]).log(), log_probs, 2)
-        assert ids.tolist() == [[2, 1, 0, 1]]
+    def test_expand_grows_the_best_children(self) -> None:
+        log_probs = torch.tensor([[[0.7, 0.2], [0.5, 0.3]]]).log()
+        scores, frontier = trees.expand(torch.tensor([[0.6, 0.4]]).log(), log_probs)
         assert scores.exp()[0].tolist() == pytest.approx([0.42, 0.12, 0.20, 0.12])
         assert frontier.tolist() == [[0, 2]]
 
     def test_expand_breaks_ties_by_index(self) -> None:
-        _, _, frontier = trees.expand(torch.zeros(1, 3), torch.full((1, 3, 4), 0.25).log(), 2)
+        _, frontier = trees.expand(torch.zeros(1, 3), torch.full((1, 3, 2), 0.25).log())
         assert frontier.tolist() == [[0, 1]]
 
     @settings(deadline=None)

@@ -21,6 +21,7 @@ from specdec import tree as trees
 from specdec.accept import walk
 from specdec.head.model import DraftHead
 from specdec.layers.heads import Heads
+from specdec.sampling import top_log_probs
 from specdec.stats import Counters
 from specdec.tree import DraftTree
 from training.unroll import Reading, Unroll, graded_rows
@@ -115,11 +116,11 @@ def _grow(head: DraftHead, embed: Embed, prefix: _Prefix, roots: Tensor, growth:
     parents: list[Tensor] = []
     paths: list[Tensor] = []
     for level in range(growth.depth):
-        log_probs = head.logits(y).float().log_softmax(-1)
-        drafts, path, frontier = trees.expand(scores, log_probs, width)
+        log_probs, drafts = top_log_probs(head.logits(y), width)
+        path, frontier = trees.expand(scores, log_probs)
         parent = torch.arange(y.shape[1], device=roots.device).repeat_interleave(width).expand(p, -1)
         first = sum(part.shape[1] for part in tokens)
-        tokens.append(head.ids[drafts])
+        tokens.append(head.ids[drafts.flatten(1)])
         parents.append(above.gather(1, parent))
         paths.append(path)
         if level + 1 == growth.depth:

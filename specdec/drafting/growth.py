@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec import tree as trees
 from specdec.drafting.protocol import Shape
 from specdec.fused import available
+from specdec.sampling import top_log_probs
 from specdec.tree import MAX_NODES, DraftTree
 
 
@@ -41,14 +42,14 @@ class Growth:
     def level(self, logits: Tensor, y: Tensor) -> Tensor:
         """Take the frontier's draft logits [B, K', Vd] and the outputs y [B, K', H] they were read off; returns the new
         frontier's parent outputs [B, K, H]."""
-        log_probs = logits.float().log_softmax(dim=-1)
+        log_probs, drafts = top_log_probs(logits, self.width)
         b, rows, _ = log_probs.shape
         first = self.depth == 0
         scores = log_probs.new_zeros(b, 1) if first else self.scores
-        drafts, paths, frontier = trees.expand(scores, log_probs, self.width)
+        paths, frontier = trees.expand(scores, log_probs)
         parent = torch.arange(rows, device=drafts.device).repeat_interleave(self.width).expand(b, -1)
         above = torch.full_like(parent, -1) if first else self.at.gather(1, parent)
-        self.all_tokens.append(self.ids[drafts])
+        self.all_tokens.append(self.ids[drafts.flatten(1)])
         self.all_scores.append(paths)
         self.all_parents.append(above)
         self._advance(frontier, parent.gather(1, frontier), paths, first)

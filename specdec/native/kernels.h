@@ -40,6 +40,8 @@ int specdec_attention_tiles(const Attention *a);
 void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type, int threads);
 void specdec_gate(const void *x, void *y, long rows, long width, int type, int threads);
 void specdec_largest(const void *x, int64_t *places, long rows, long width, int type, int threads);
+void specdec_top(const void *x, float *values, int64_t *places, long rows, long width, long count, int type,
+                 int threads);
 void specdec_place(const Placing *p);
 
 #endif

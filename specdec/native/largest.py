@@ -1,6 +1,6 @@
-"""Where the largest entry of each row stands first, on the CPU.
+"""The largest entries of each row on the CPU: where the one stands first, or some with their log-probabilities.
 
-Logits are the widest rows of a round, and `Tensor.max` with its places walks them far under the memory's speed.
+Logits are the widest rows of a round, and torch walks them far under the memory's speed, several times over.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from specdec.native.library import library
 from specdec.native.linear import DTYPES
+
+MOST = 32  # as in largest.c
 
 
 def can_find(x: Tensor) -> bool:
@@ -26,3 +28,15 @@ def places(x: Tensor) -> Tensor:
     kernels.specdec_largest(x.data_ptr(), found.data_ptr(), x.numel() // width, width, x.dtype == torch.bfloat16,
                             torch.get_num_threads())  # fmt: skip
     return found
+
+
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[..., V] -> (log-probabilities float32 [..., count], places int64 [..., count]), likeliest first, the first of
+    equals first; `count` is at most MOST and V. Where a logit is NaN, so are the values of its row."""
+    kernels, width = library(), logits.shape[-1]
+    assert kernels is not None and count <= min(MOST, width), "no kernels, or more than are kept"
+    values = torch.empty(*logits.shape[:-1], count)
+    found = torch.zeros(*logits.shape[:-1], count, dtype=torch.int64)
+    kernels.specdec_top(logits.data_ptr(), values.data_ptr(), found.data_ptr(), logits.numel() // width, width, count,
+                        logits.dtype == torch.bfloat16, torch.get_num_threads())  # fmt: skip
+    return values, found

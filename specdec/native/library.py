@@ -131,6 +131,8 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_gate.restype = None
     loaded.specdec_largest.argtypes = [pointer] * 2 + [whole] * 2 + [small] * 2
     loaded.specdec_largest.restype = None
+    loaded.specdec_top.argtypes = [pointer] * 3 + [whole] * 3 + [small] * 2
+    loaded.specdec_top.restype = None
     loaded.specdec_place.argtypes = [pointer]
     loaded.specdec_place.restype = None
     loaded.specdec_layers.argtypes = [pointer, whole, pointer]

@@ -80,6 +80,17 @@ INLINE void store(void *to, long at, int type, floats x) {
 #endif
 }
 
+/* Is a comparison true anywhere? */
+INLINE int any(ints truths) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)truths, (__m512i)truths) != 0;
+#else
+    int32_t all = 0;
+    for (int lane = 0; lane < LANES; lane++) all |= truths[lane];
+    return all != 0;
+#endif
+}
+
 /* Scratch of this thread that lasts from call to call; NULL without memory. */
 static inline float *scratch(size_t count) {
     static __thread float *room;

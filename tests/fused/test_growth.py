@@ -27,6 +27,7 @@ from specdec import accept
 from specdec import tree as trees
 from specdec.accept import Verdict
 from specdec.attention.reference import ReferenceAttention
+from specdec.drafting import growth as plainly
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.fused_growth import FusedGrowth
 from specdec.drafting.growth import Growth, growth_of
@@ -72,12 +73,10 @@ WALKS = {  # nodes, width, batch, whether the trees end early
 }  # fmt: skip
 
 
-def stable_expand(scores: Tensor, log_probs: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`trees.expand` with the lowest index first among equals, where topk takes any."""
-    best = torch.sort(log_probs, dim=-1, descending=True, stable=True)
-    paths = (scores[..., None] + best.values[..., :width]).flatten(1)
-    frontier = torch.sort(paths, dim=1, descending=True, stable=True).indices[:, :width]
-    return best.indices[..., :width].flatten(1), paths, frontier
+def stable_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`top_log_probs` with the lowest index first among equals on every device, where topk takes any."""
+    best = torch.sort(logits.float().log_softmax(dim=-1), dim=-1, descending=True, stable=True)
+    return best.values[..., :count], best.indices[..., :count]
 
 
 def differences(case: Grown, device: str) -> list[str]:
@@ -185,7 +184,7 @@ def run(name: str, device: str) -> list[str]:
     """The differences of one check, in the shares of its case."""
     case = GROWN.get(name.removeprefix("grow: "))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trees, "expand", stable_expand)
+        patch.setattr(plainly, "top_log_probs", stable_top)
         patch.setattr(growth, "SHARE", case.share if case else growth.SHARE)
         return checks(device)[name]()
 
@@ -213,7 +212,7 @@ def test_compiled_kernels_do_what_torch_does(name: str) -> None:
 @pytest.mark.parametrize("vocabulary", [8192, 32000, 128256])
 def test_compiled_kernels_at_full_size(vocabulary: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trees, "expand", stable_expand)
+        patch.setattr(plainly, "top_log_probs", stable_top)
         assert differences(Grown(Shape(7, 10, 60), vocabulary, batch=3), "cuda") == []
 
 
