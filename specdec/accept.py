@@ -18,6 +18,8 @@ from specdec.fused import available
 from specdec.sampling import draw
 from specdec.tree import DraftTree
 
+FEW = 128  # nodes of all trees that a CPU walks one by one
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -42,7 +44,8 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     Args:
         tree: B trees of N nodes.
         chosen: int64 [B, N], the target's token *after* each node.
-        width: D + 1 of the verdict where it is known; None asks the trees on a CPU and takes N elsewhere.
+        width: D + 1 of the verdict where it is known; None asks the trees on a CPU, where few nodes are
+            walked on the host, and takes N elsewhere.
 
     >>> from specdec.tree import build
     >>> tree = build(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 2]]))
@@ -52,8 +55,11 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     No host synchronisation: a node stands if no ancestor-or-self disagrees with its parent's choice.
     """
     n = tree.nodes
-    if width is None:
-        width = int(tree.depths.max()) + 1 if chosen.device.type == "cpu" else n
+    if width is None and chosen.device.type == "cpu":
+        if chosen.numel() <= FEW:
+            return _walk_on_host(tree, chosen)
+        width = int(tree.depths.max()) + 1
+    width = n if width is None else width
     if available.runs(chosen.device):
         from specdec.fused.walk import walk as fused_walk
 
@@ -74,6 +80,37 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     inside = torch.arange(width, device=chosen.device) < counts[:, None]
     offered = torch.where(index < tree.sizes[:, None], tree.depths, 0).amax(dim=1)
     return Verdict(kept, counts, torch.where(inside, chosen.gather(1, kept), -1), offered)
+
+
+def _walk_on_host(tree: DraftTree, chosen: Tensor) -> Verdict:
+    """`walk` node by node: a handful of small numbers is sooner compared than twenty operations are launched."""
+    depths, sizes, picks = tree.depths.tolist(), tree.sizes.tolist(), chosen.tolist()
+    width = max(map(max, depths)) + 1
+    parts = zip(tree.parents.tolist(), tree.tokens.tolist(), depths, sizes, picks, strict=True)
+    paths = [_path(*part) for part in parts]
+    kept = [path + path[-1:] * (width - len(path)) for path in paths]
+    emitted = [[own[node] for node in path] for own, path in zip(picks, paths, strict=True)]
+    offered = [max(own[:size]) for own, size in zip(depths, sizes, strict=True)]
+    return Verdict(
+        torch.tensor(kept),
+        torch.tensor([len(path) for path in paths]),
+        torch.tensor([tokens + [-1] * (width - len(tokens)) for tokens in emitted]),
+        torch.tensor(offered),
+    )
+
+
+def _path(parents: list[int], tokens: list[int], depths: list[int], size: int, picks: list[int]) -> list[int]:
+    """The nodes that stand, from the root to the deepest."""
+    stands, last = {0}, 0
+    for node in range(1, size):
+        above = parents[node]
+        if above in stands and picks[above] == tokens[node]:
+            stands.add(node)
+            last = node if depths[node] > depths[last] else last
+    path = [last]
+    while path[-1]:
+        path.append(parents[path[-1]])
+    return path[::-1]
 
 
 def verify_block(tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor) -> Verdict:

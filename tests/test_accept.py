@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec import tree as trees
-from specdec.accept import Verdict, verify_block, walk
+from specdec.accept import FEW, Verdict, verify_block, walk
 from specdec.tree import DraftTree
 
 
@@ -55,10 +55,19 @@ def emitted(verdict: Verdict, row: int) -> list[int]:
     return out
 
 
+Walk = Callable[[DraftTree, Tensor], Verdict]
+
+
+def in_tensors(tree: DraftTree, chosen: Tensor) -> Verdict:
+    """The walk as devices do it."""
+    return walk(tree, chosen, int(tree.depths.max()) + 1)
+
+
+@pytest.mark.parametrize("walks", [walk, in_tensors], ids=["host", "tensors"])
 class TestWalk:
-    def test_docstring_example(self) -> None:
+    def test_docstring_example(self, walks: Walk) -> None:
         tree = trees.build(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 2]]))
-        verdict = walk(tree, torch.tensor([[7, 1, 8, 9]]))
+        verdict = walks(tree, torch.tensor([[7, 1, 8, 9]]))
         assert verdict.tokens.tolist() == [[7, 8, 9]]
         assert verdict.kept.tolist() == [[0, 2, 3]]
         assert verdict.counts.tolist() == [3]
@@ -66,9 +75,9 @@ class TestWalk:
 
     @settings(deadline=None)
     @given(cases())
-    def test_equals_the_slow_walk(self, case: tuple[DraftTree, Tensor]) -> None:
+    def test_equals_the_slow_walk(self, walks: Walk, case: tuple[DraftTree, Tensor]) -> None:
         tree, chosen = case
-        verdict = walk(tree, chosen)
+        verdict = walks(tree, chosen)
         for row in range(chosen.shape[0]):
             kept, tokens = slow_walk(tree, chosen, row)
             count = len(tokens)
@@ -82,9 +91,11 @@ class TestWalk:
 
     @settings(deadline=None)
     @given(cases())
-    def test_keeps_a_root_chain_of_at_most_depth_plus_one(self, case: tuple[DraftTree, Tensor]) -> None:
+    def test_keeps_a_root_chain_of_at_most_depth_plus_one(
+        self, walks: Walk, case: tuple[DraftTree, Tensor]
+    ) -> None:
         tree, chosen = case
-        verdict = walk(tree, chosen)
+        verdict = walks(tree, chosen)
         assert bool((verdict.counts >= 1).all())
         assert bool((verdict.counts <= tree.depths.amax(dim=1) + 1).all())
         for row in range(chosen.shape[0]):
@@ -94,7 +105,9 @@ class TestWalk:
 
     @settings(deadline=None)
     @given(cases(), st.integers(0, 10**6))
-    def test_sibling_order_is_irrelevant(self, case: tuple[DraftTree, Tensor], seed: int) -> None:
+    def test_sibling_order_is_irrelevant(
+        self, walks: Walk, case: tuple[DraftTree, Tensor], seed: int
+    ) -> None:
         tree, chosen = case
         tree = trees.DraftTree(tree.tokens[:1], tree.parents[:1], tree.depths[:1], tree.ancestors[:1],
                                torch.tensor([tree.nodes]))  # fmt: skip
@@ -103,26 +116,35 @@ class TestWalk:
         place = {node: at for at, node in enumerate(order)}
         parents = torch.tensor([[place[int(tree.parents[0, node])] for node in order]])
         other = trees.build(tree.tokens[:, order], parents)
-        assert emitted(walk(other, chosen[:1, order]), 0) == emitted(walk(tree, chosen[:1]), 0)
+        assert emitted(walks(other, chosen[:1, order]), 0) == emitted(walks(tree, chosen[:1]), 0)
 
     @settings(deadline=None)
     @given(cases(), st.integers(0, 5))
-    def test_padding_is_inert(self, case: tuple[DraftTree, Tensor], extra: int) -> None:
+    def test_padding_is_inert(self, walks: Walk, case: tuple[DraftTree, Tensor], extra: int) -> None:
         tree, chosen = case
         wide = trees.pad(tree, tree.nodes + extra)
         first = torch.cat([chosen, torch.zeros(chosen.shape[0], extra, dtype=torch.int64)], dim=1)
-        padded, plain = walk(wide, first), walk(tree, chosen)
+        padded, plain = walks(wide, first), walks(tree, chosen)
         assert torch.equal(padded.counts, plain.counts)
         assert torch.equal(padded.offered, plain.offered)
         for row in range(chosen.shape[0]):
             assert emitted(padded, row) == emitted(plain, row)
 
-    def test_all_64_nodes(self) -> None:
+    def test_all_64_nodes(self, walks: Walk) -> None:
         tree = trees.chain(torch.arange(64)[None])
-        assert walk(tree, torch.arange(1, 65)[None]).counts.tolist() == [64]
+        assert walks(tree, torch.arange(1, 65)[None]).counts.tolist() == [64]
         chosen = torch.arange(1, 65)[None].clone()
         chosen[0, 62] = 0
-        assert walk(tree, chosen).counts.tolist() == [63]
+        assert walks(tree, chosen).counts.tolist() == [63]
+
+
+def test_many_trees_are_walked_alike() -> None:
+    tree = trees.chain(torch.randint(0, 2, (FEW // 8 + 1, 8), generator=torch.Generator().manual_seed(0)))
+    chosen = torch.randint(0, 2, tree.tokens.shape, generator=torch.Generator().manual_seed(1))
+    halves = [walk(trees.chain(tree.tokens[half]), chosen[half]) for half in (slice(0, 9), slice(9, None))]
+    together = walk(tree, chosen)
+    assert torch.equal(together.counts, torch.cat([half.counts for half in halves]))
+    assert torch.equal(together.tokens, torch.cat([half.tokens for half in halves]))
 
 
 # Block verification: whole sequences over a toy vocabulary
