@@ -71,11 +71,16 @@ INLINE floats some(const void *x, int type, long start, long i, long width) {
     return v;
 }
 
-/* ln of the sum of exponentials, summed lane by lane whatever stands beside the row. */
+/* ln of the sum of exponentials, summed lane by lane and stretch by stretch whatever stands beside the row. */
 INLINE float log_sum(const void *x, int type, long start, long width) {
     const float most = largest(x, type, start, start + width);
     floats sums = {0};
-    for (long i = 0; i < width; i += LANES) sums += exponential(some(x, type, start, i, width) - most);
+    for (long first = 0; first < width; first += STRETCH) {
+        floats part = {0};
+        for (long i = first; i < width && i < first + STRETCH; i += LANES)
+            part += exponential(some(x, type, start, i, width) - most);
+        sums += part;
+    }
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
     return most + logf(sum);
