@@ -42,8 +42,13 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": _machine(),
         "threads": torch.get_num_threads(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(sys.argv[0]).name, *map(_shown, sys.argv[1:])],
     }
+
+
+def _shown(argument: str) -> str:
+    """An argument as others may read it: of a path from the root its name, for where it lies is nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _commit() -> str:

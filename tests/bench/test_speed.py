@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import record
 from bench.readme import table
 from bench.speed import Job, summarise
 from bench.systems import Run
@@ -45,3 +46,17 @@ def test_the_table_names_every_system(job: Job) -> None:
     text = table([{**shared, **row} for row in summarise(job, runs)])
     assert "head and n-grams, x plain" in text and "plain loop" in text
     assert "| chat | 2.8 | 2.00 | 2.00 | 4.00 | - |" in text
+
+
+def test_results_say_what_was_run_and_not_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [
+        str(tmp_path / "bench" / "gpu.py"),
+        "--out",
+        str(tmp_path / "results"),
+        "--sets",
+        "bench/prompts/qa.jsonl",
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    assert record.environment()["argv"] == ["gpu.py", "--out", "results", "--sets", "bench/prompts/qa.jsonl"]
