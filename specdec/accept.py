@@ -52,7 +52,7 @@ def walk(tree: DraftTree, chosen: Tensor, width: int | None = None) -> Verdict:
     >>> walk(tree, torch.tensor([[7, 1, 8, 9]])).tokens      # root -> 7 -> 8, bonus 9
     tensor([[7, 8, 9]])
 
-    No host synchronisation: a node stands if no ancestor-or-self disagrees with its parent's choice.
+    No host synchronisation beyond a CPU: a node stands if no ancestor-or-self disagrees with its parent's choice.
     """
     n = tree.nodes
     if width is None and chosen.device.type == "cpu":

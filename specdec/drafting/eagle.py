@@ -86,11 +86,14 @@ class EagleDrafter:
     def reuse(self, source: int, slot: int, rows: int) -> int:
         """Rows of the source, less the last whose next token may differ: what the head has read, and the features of
         what it has not."""
-        read, unread = self.lanes[source].rows, _joined(self.lanes[source].features)
-        kept = max(0, min(rows - 1, read + (0 if unread is None else len(unread))))
-        read = min(read, kept)
+        lane, most = self.lanes[source], max(rows - 1, 0)
+        read = kept = min(lane.rows, most)
+        unread = _joined(lane.features) if most > read else None
+        if unread is not None:
+            unread = unread[: most - read]
+            kept += len(unread)
         self.cache.copy_prefix(source, slot, read)
-        self.lanes[slot] = _Lane(read, None if unread is None or kept == read else [unread[: kept - read]])
+        self.lanes[slot] = _Lane(read, None if unread is None else [unread])
         return kept
 
     def observe(self, context: Context, features: Tensor, verdict: Verdict) -> None:

@@ -28,11 +28,9 @@ INLINE float largest(const void *x, int type, long first, long last) {
         top = (floats)(((ints)v & more) | ((ints)top & ~more));
         odd |= v != v;
     }
-    float most = -INFINITY;
     if (any(odd)) return NAN;
-    for (int lane = 0; lane < LANES; lane++) {
-        most = top[lane] > most ? top[lane] : most;
-    }
+    float most = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) most = top[lane] > most ? top[lane] : most;
     for (; i < last; i++) {
         const float v = entry(x, i, type);
         if (v != v) return NAN;

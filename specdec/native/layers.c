@@ -84,7 +84,7 @@ static int multiply(const Work *w, const Matrix *m, const void *x, void *y) {
 }
 
 /* What is given for each row `r`, by all threads where there are rows enough. */
-#define EACH_ROW(w, ...)                                                                                                \
+#define EACH_ROW(w, ...)                                                                                               \
     do {                                                                                                               \
         const long rows = (w)->f->rows;                                                                                \
         _Pragma("omp parallel for num_threads((w)->attention.threads) schedule(static) if (rows >= FEW)")              \
