@@ -72,14 +72,13 @@ def stream_answer(
     Ctrl-C ends the answer: what came so far is kept and the finish reason is "cancelled".
     """
     request = decoder.request(prompt, sampling, chat=chat, speculate=speculate)
-    painter = TreePainter(decoder)
     error = None
     pieces = decoder.run(request)
     try:
         for piece in pieces:
             error = piece.error or error
             if show:
-                sys.stdout.write(painter.paint(piece) if show == "tree" else piece.text)
+                sys.stdout.write(_painted(piece) if show == "tree" else piece.text)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
@@ -90,22 +89,6 @@ def stream_answer(
     return answer_of(request, error)
 
 
-class TreePainter:
-    """Colours a stream: accepted draft tokens green, the target's own tokens plain."""
-
-    def __init__(self, decoder: SpecDecoder) -> None:
-        self.decoder = decoder
-        self.ids: list[int] = []
-        self.shown = 0
-
-    def paint(self, piece: Piece) -> str:
-        """Text of the piece's tokens, each in its colour. Broken characters wait for their rest."""
-        out = []
-        for token, drafted in zip(piece.tokens, piece.drafted, strict=True):
-            self.ids.append(token)
-            text = self.decoder.decode(self.ids)
-            if text.endswith("\ufffd"):
-                continue
-            new, self.shown = text[self.shown :], len(text)
-            out.append(f"{GREEN}{new}{PLAIN}" if drafted and new else new)
-        return "".join(out)
+def _painted(piece: Piece) -> str:
+    """Accepted draft tokens green, the target's own tokens plain."""
+    return "".join(f"{GREEN}{text}{PLAIN}" if drafted else text for text, drafted in piece.runs())

@@ -233,39 +233,39 @@ class Engine:
     ) -> Piece:
         if request.first_token is None:
             request.first_token = time.perf_counter()
-        kept = request.emit(tokens)
+        texts = request.emit(tokens)
+        kept, error = tokens[: len(texts)], None
         request.logprobs += logprobs[: len(kept)]
         try:
             if request.constraint is not None:
                 request.constraint.accept(kept)
-        except Exception as error:  # a grammar that fails must not take the others down
-            return self._end(request, "error", _told(error), tokens=kept, drafted=drafted)
+        except Exception as failure:  # a grammar that fails must not take the others down
+            request.finish, error = "error", _told(failure)
         if request.finish:
-            return self._end(request, request.finish, tokens=kept, drafted=drafted)
-        text = request.text.release() if request.text else ""
-        return Piece(request.id, tuple(kept), tuple(drafted[: len(kept)]), text)
+            self._leave(request)
+        return Piece(
+            request.id, tuple(kept), tuple(drafted[: len(kept)]), tuple(texts), request.finish, error
+        )
 
-    def _end(
-        self,
-        request: Request,
-        finish: Finish,
-        error: str | None = None,
-        *,
-        tokens: Sequence[int] = (),
-        drafted: Sequence[bool] = (),
-    ) -> Piece:
-        """Close a request and free its slot."""
-        request.finish, request.finished = finish, time.perf_counter()
-        if request.slot >= 0:
-            if self.pipeline is not None:
-                self.pipeline.leave(request.slot)
-            self.prefill.release(request)
-            if finish == "error":
-                self.prefill.wipe(request.slot)
-            self.drafter.release(request.slot)
-            del self.active[request.slot]
-        text = request.text.release(final=True) if request.text else ""
-        return Piece(request.id, tuple(tokens), tuple(drafted[: len(tokens)]), text, finish, error)
+    def _end(self, request: Request, finish: Finish, error: str | None = None) -> Piece:
+        """End a request between two rounds."""
+        request.finish = finish
+        self._leave(request)
+        left = request.release()
+        return Piece(request.id, (), (), (left,) if left else (), finish, error)
+
+    def _leave(self, request: Request) -> None:
+        """A request has ended: free its slot."""
+        request.finished = time.perf_counter()
+        if request.slot < 0:
+            return
+        if self.pipeline is not None:
+            self.pipeline.leave(request.slot)
+        self.prefill.release(request)
+        if request.finish == "error":
+            self.prefill.wipe(request.slot)
+        self.drafter.release(request.slot)
+        del self.active[request.slot]
 
 
 def _as_round(batch: Batch, outcome: Outcome) -> Round:

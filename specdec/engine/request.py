@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal, Protocol
 
 import torch
@@ -41,7 +43,8 @@ class Piece:
         request: its id.
         tokens: newly emitted ids.
         drafted: for each, was it drafted (True) or the target's bonus (False)?
-        text: text that became certain.
+        texts: for each, the text that became certain with it; a last piece without tokens may have one as well, what
+            was held back until then.
         finish: how the answer ended, None while it goes on.
         error: what went wrong when finish is "error".
     """
@@ -49,9 +52,44 @@ class Piece:
     request: str
     tokens: tuple[int, ...]
     drafted: tuple[bool, ...]
-    text: str
+    texts: tuple[str, ...]
     finish: Finish | None = None
     error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
+
+    def __add__(self, later: Piece) -> Piece:
+        """This piece and the one after it, as one."""
+        if self.texts and not later.tokens:  # what was held back to the end counts as its last token's
+            texts = (*self.texts[:-1], self.texts[-1] + later.text)
+        else:
+            texts = self.texts + later.texts
+        tokens, drafted = self.tokens + later.tokens, self.drafted + later.drafted
+        return Piece(self.request, tokens, drafted, texts, later.finish, later.error)
+
+    def split(self, count: int) -> tuple[Piece, Piece]:
+        """Its first `count` tokens, and the rest with how it ended."""
+        first = replace(
+            self,
+            tokens=self.tokens[:count],
+            drafted=self.drafted[:count],
+            texts=self.texts[:count],
+            finish=None,
+            error=None,
+        )
+        rest = replace(
+            self, tokens=self.tokens[count:], drafted=self.drafted[count:], texts=self.texts[count:]
+        )
+        return first, rest
+
+    def runs(self) -> list[tuple[str, bool]]:
+        """Its text by where it came from: [("the cat", True), (" sat", False)]; what was held back is not drafted."""
+        drafted = self.drafted or (False,) * len(self.texts)
+        pairs = [(text, was) for text, was in zip(self.texts, drafted, strict=True) if text]
+        return [("".join(text for text, _ in run), was) for was, run in groupby(pairs, key=itemgetter(1))]
 
 
 @dataclass(slots=True, eq=False)
@@ -130,19 +168,23 @@ class Request:
     def running(self) -> bool:
         return self.slot >= 0 and self.prefilled == len(self.prompt) and self.finish is None
 
-    def emit(self, tokens: Sequence[int]) -> list[int]:
-        """Append emitted tokens up to the one that ends the answer; returns those kept."""
-        kept = []
+    def emit(self, tokens: Sequence[int]) -> list[str]:
+        """Append emitted tokens up to the one that ends the answer; returns the text of each that was kept."""
+        texts = []
         for token in tokens:
             self.output.append(token)
-            kept.append(token)
             if token in self.stop_ids or (self.text is not None and self.text.push(token)):
                 self.finish = "stop"
             elif len(self.output) >= self.sampling.max_tokens:
                 self.finish = "length"
+            texts.append(self.release())
             if self.finish:
                 break
-        return kept
+        return texts
+
+    def release(self) -> str:
+        """Text that became certain since the last call; all of it once the answer has ended."""
+        return "" if self.text is None else self.text.release(final=self.finish is not None)
 
 
 def check_request(request: Request, length: int, vocab: int) -> None:

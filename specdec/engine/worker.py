@@ -88,7 +88,7 @@ class EngineWorker:
                 self._deliver |= {request.id: deliver for request, deliver in self._inbox}
                 self._inbox.clear()
             for request_id in [*self._deliver]:
-                self._hand_over(Piece(request_id, (), (), "", "error", f"the engine failed: {error}"))
+                self._hand_over(Piece(request_id, (), (), (), "error", f"the engine failed: {error}"))
             raise
 
     def _turn(self) -> bool:

@@ -89,7 +89,7 @@ def test_cancellation_frees_the_slot_before_the_next_round() -> None:
     kept = list(first.output)
     machine.cancel(first.id)
     pieces = machine.step()
-    assert pieces[0] == Piece(first.id, (), (), "", "cancelled")
+    assert pieces[0] == Piece(first.id, (), (), (), "cancelled")
     assert first.output == kept
     assert second.slot == 0
     assert second.output, "the freed slot was not used in the same step"
