@@ -89,6 +89,7 @@ class Setup:
     api_key: str | None = None
     limits: ServerLimits = field(default_factory=ServerLimits)
     trouble: Trouble = field(default_factory=Trouble)
+    burst: bool = False
 
 
 def options(slots: int) -> Options:
@@ -106,7 +107,7 @@ def running(decoder: SpecDecoder, setup: Setup) -> Iterator[Live]:
     target: Any = TroubledTarget(decoder.loaded.target, setup.trouble)
     loaded = LoadedTarget(target, decoder.tokenizer, decoder.loaded.files)
     own = SpecDecoder(loaded, make_engine(target, "ngram", options(setup.slots)))
-    state = ServerState(own, MODEL, setup.limits, setup.api_key)
+    state = ServerState(own, MODEL, setup.limits, setup.api_key, setup.burst)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = make_server(state, "127.0.0.1", 0)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)

@@ -40,6 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--queue", type=int, default=256, help="requests that may wait beyond them (default: 256)"
     )
     parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help="ask for this key under /v1/")
+    parser.add_argument(
+        "--burst",
+        action="store_true",
+        help="stream what a round accepted at once; by default tokens leave evenly, two or three rounds later",
+    )
     parser.add_argument("--served-model-name", default=None, metavar="NAME", help="default: TARGET")
     parser.add_argument(
         "--request-timeout",
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         draft = "none" if args.plain else args.draft
         decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target
-        state = ServerState(decoder, name, limits, api_key=args.api_key or None)
+        state = ServerState(decoder, name, limits, api_key=args.api_key or None, burst=args.burst)
         host, port = listener.getsockname()[:2]
         engine = decoder.engine
         listener.listen()  # whoever reads the address below and comes at once waits instead of being refused

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.engine.request import Request
-from specdec.server.calls import Step
+from specdec.server.events import Step
 
 
 def usage(firsts: Sequence[Request], completion: int) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from specdec.engine.logprobs import TokenLogprob
-from specdec.engine.text import TextStream
 from specdec.server.acceptance import acceptance, usage
-from specdec.server.calls import Call, Event
+from specdec.server.calls import Call
 from specdec.server.disconnect import ClientGone, race
+from specdec.server.events import Event
 from specdec.server.schema import Generation, StreamOptions
 from specdec.server.sse import KEEP_ALIVE, EventStream, event
 from specdec.server.state import ServerState
@@ -36,7 +36,6 @@ class Progress:
         tokens: emitted.
         finish: why it ended.
         said: characters that the log-probabilities sent so far stand for.
-        tint: makes text of single tokens, when the client wants to know which were drafted.
     """
 
     index: int
@@ -45,7 +44,6 @@ class Progress:
     tokens: int = 0
     finish: str | None = None
     said: int = 0
-    tint: TextStream | None = None
 
     def add(self, news: Event) -> None:
         self.text += news.piece.text
@@ -112,7 +110,7 @@ class Reply:
 
     async def body(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError when a sequence failed."""
-        progress = self._start()
+        progress = [Progress(index) for index in range(len(self.call.requests))]
         async with aclosing(self.call.events()) as events:
             async for news in events:
                 if news is not None:
@@ -127,7 +125,8 @@ class Reply:
     async def chunks(self) -> AsyncGenerator[str, None]:
         """Events of the stream. Raises ApiError when a sequence failed."""
         options = self.asked.stream_options or StreamOptions()
-        progress, opened = self._start(), set[int]()
+        progress = [Progress(index) for index in range(len(self.call.requests))]
+        opened = set[int]()
         async with aclosing(self.call.events(self.state.limits.keep_alive_seconds)) as events:
             async for news in events:
                 if news is None:
@@ -147,10 +146,10 @@ class Reply:
         opening = self.shape.opening(one) if first else None
         out = [] if opening is None else [opening]
         text, logprobs = ("", ()) if self.silent else (news.piece.text, news.logprobs)
-        if text or logprobs or one.finish or one.tint is not None:
+        if text or logprobs or one.finish:
             choice = self.shape.delta(one, text, logprobs)
-            if one.tint is not None:
-                choice["specdec"] = {"runs": _runs(one.tint, news)}
+            if self.asked.return_spec_metrics:
+                choice["specdec"] = {"runs": [] if self.silent else news.piece.runs()}
             out.append(choice)
         return out
 
@@ -164,14 +163,6 @@ class Reply:
             chunk["usage"] = None
         last = choice["finish_reason"] is not None and all(p.finish for p in progress)
         return {**chunk, **self._metrics()} if last and not options.include_usage else chunk
-
-    def _start(self) -> list[Progress]:
-        tinted = bool(self.asked.stream and self.asked.return_spec_metrics)
-        decode = self.state.decoder.decode
-        return [
-            Progress(index, tint=TextStream(decode) if tinted else None)
-            for index in range(len(self.call.requests))
-        ]
 
     def _add(self, one: Progress, news: Event) -> None:
         one.add(news)
@@ -190,16 +181,3 @@ class Reply:
         if not self.asked.return_spec_metrics or len(self.call.requests) != 1:
             return {}
         return {"metrics": acceptance(self.call.requests[0], self.call.steps.get(0, []))}
-
-
-def _runs(tint: TextStream, news: Event) -> list[list[Any]]:
-    """Text of an event's tokens, neighbours of one kind joined: [["the cat", true], [" sat", false]]."""
-    out: list[list[Any]] = []
-    for token, drafted in zip(news.piece.tokens, news.piece.drafted, strict=True):
-        tint.push(token)
-        text = tint.release()
-        if out and out[-1][1] == drafted:
-            out[-1][0] += text
-        elif text:
-            out.append([text, drafted])
-    return out

@@ -13,36 +13,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Piece, Request
 from specdec.server.errors import ApiError
+from specdec.server.events import Event, Step
+from specdec.server.pacing import Pacer
 
 CANCELLED = "the request was cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Speculation in one round of one request: accepted draft tokens, and the depth on offer."""
-
-    accepted: int
-    offered: int
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A piece of one of a call's sequences.
-
-    Attributes:
-        index: of the sequence.
-        piece: tokens, text, how it ended.
-        logprobs: of the piece's tokens, when asked for.
-        step: what speculation did, None for plain rounds and the prefill.
-    """
-
-    index: int
-    piece: Piece
-    logprobs: tuple[TokenLogprob, ...]
-    step: Step | None
 
 
 class Engine(Protocol):
@@ -69,6 +45,7 @@ class Call:
         observer: hears of their pieces.
         closed: called in the event loop each time a sequence has left the engine.
         seconds: time from now to the last token.
+        evenly: tokens come at an even pace instead of a round's at once (see `pacing`).
     """
 
     requests: Sequence[Request]
@@ -76,8 +53,10 @@ class Call:
     observer: Observer
     closed: Callable[[], None]
     seconds: float
+    evenly: bool = False
     steps: dict[int, list[Step]] = field(default_factory=dict)
     _queue: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    _pacers: list[Pacer] = field(default_factory=list)
     _open: set[int] = field(default_factory=set)
     _deadline: float = 0.0
 
@@ -85,6 +64,7 @@ class Call:
         """Hand every sequence to the engine. Raises what the engine refuses with; nothing runs then."""
         loop = asyncio.get_running_loop()
         self._deadline = time.monotonic() + self.seconds
+        self._pacers = [Pacer(self._queue.put_nowait, loop) for _ in self.requests if self.evenly]
         try:
             for index, request in enumerate(self.requests):
                 self.engine.submit(request, self._receiver(index, request, loop))
@@ -105,17 +85,20 @@ class Call:
             logprobs = tuple(request.logprobs[told : told + len(piece.tokens)])
             told += len(piece.tokens)
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to listen
-                loop.call_soon_threadsafe(self._arrive, Event(index, piece, logprobs, step))
+                loop.call_soon_threadsafe(self._arrive, Event(index, piece, logprobs), step)
 
         return deliver
 
-    def _arrive(self, event: Event) -> None:
-        if event.step is not None:
-            self.steps.setdefault(event.index, []).append(event.step)
+    def _arrive(self, event: Event, step: Step | None) -> None:
+        if step is not None:
+            self.steps.setdefault(event.index, []).append(step)
         if event.piece.finish:
             self._open.discard(event.index)
             self.closed()
-        self._queue.put_nowait(event)
+        if self._pacers:
+            self._pacers[event.index].push(event)
+        else:
+            self._queue.put_nowait(event)
 
     @property
     def running(self) -> int:
@@ -154,6 +137,10 @@ class Call:
                 return await self._queue.get()
         except TimeoutError:
             if time.monotonic() >= self._deadline:
+                for pacer in self._pacers:
+                    pacer.flush()
+                if not self._queue.empty():
+                    return self._queue.get_nowait()
                 late = f"no answer within {self.seconds:g} seconds"
                 raise ApiError(504, late, code="request_timeout") from None
             return None

@@ -75,7 +75,7 @@ def routes(state: ServerState) -> APIRouter:
         sampling = wishes.sampling_of(asked, logprobs, limit)
         drafting = wishes.drafting_of(state, asked)
         wish = wishes.Wish(wishes.new_id("chatcmpl"), sampling, asked.choices, grammar, drafting)
-        call = state.start(wishes.requests_of(state, wish, [prompt]))
+        call = state.start(wishes.requests_of(state, wish, [prompt]), stream=bool(asked.stream))
         shape = ChatShape(state.vocabulary, bool(asked.logprobs))
         return await Reply(state, asked, call, shape, wish.id).respond(http)
 

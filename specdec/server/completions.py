@@ -133,7 +133,7 @@ def routes(state: ServerState) -> APIRouter:
             wishes.drafting_of(state, asked),
             asked.logprobs if asked.echo else None,
         )
-        call = state.start(wishes.requests_of(state, wish, prompts.ids))
+        call = state.start(wishes.requests_of(state, wish, prompts.ids), stream=bool(asked.stream))
         echoes = [text for text in prompts.texts for _ in range(asked.choices)] if asked.echo else None
         shape = CompletionShape(state.vocabulary, call.requests, echoes, asked.logprobs is not None)
         return await Reply(state, asked, call, shape, wish.id, silent=limit == 0).respond(http)

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from specdec.engine.request import Piece, Request
 from specdec.engine.worker import EngineWorker
-from specdec.server.calls import Step
+from specdec.server.events import Step
 from specdec.tree import MAX_NODES
 
 LABELS = ("engine", "model_name")

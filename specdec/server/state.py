@@ -36,12 +36,14 @@ class ServerState:
         name: the model's name on the wire.
         limits: see `ServerLimits`.
         api_key: asked for under /v1/, or None.
+        burst: streams get what a round accepted at once, instead of evenly (see `pacing`).
     """
 
     decoder: SpecDecoder
     name: str
     limits: ServerLimits = field(default_factory=ServerLimits)
     api_key: str | None = None
+    burst: bool = False
     draining: bool = False
     inside: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
@@ -92,14 +94,15 @@ class ServerState:
             wait = math.ceil((self.inside + sequences - most) / slots * SECONDS_PER_SEQUENCE)
             raise ApiError(429, "the queue is full; try again later", code="queue_full", retry_after=wait)
 
-    def start(self, requests: Sequence[Request]) -> Call:
-        """Queue the sequences of one HTTP request.
+    def start(self, requests: Sequence[Request], *, stream: bool = False) -> Call:
+        """Queue the sequences of one HTTP request; `stream` when its tokens are sent as they come.
 
         Raises:
             ApiError: 400 when one can never be served; as `check_room` when there is no room.
         """
         self.check_room(len(requests))
-        call = Call(requests, self.worker, self.metrics, self._closed, self.limits.request_seconds)
+        evenly = stream and not self.burst
+        call = Call(requests, self.worker, self.metrics, self._closed, self.limits.request_seconds, evenly)
         before = self.inside
         self.inside += len(requests)
         try:

@@ -10,7 +10,7 @@ from specdec.cli.main import main, parser
 
 OPTIONS = {
     "target", "dtype", "device", "max_length", "backend", "draft", "tree", "taps", "host", "port", "plain", "slots",
-    "queue", "api_key", "served_model_name", "request_timeout", "drain_timeout",
+    "queue", "api_key", "burst", "served_model_name", "request_timeout", "drain_timeout",
     "memory", "device_map",
 }  # fmt: skip
 

@@ -62,6 +62,27 @@ def test_continuous_usage_counts_up(client: openai.OpenAI) -> None:
     assert counts[-1] == 12
 
 
+def test_bursts_say_the_same(decoder: SpecDecoder) -> None:
+    """Two choices at once, in bursts and evenly: the same text; evenly, in more chunks than rounds gave."""
+    chunks: dict[bool, list[openai.types.Completion]] = {}
+    for burst in (True, False):
+        setup = Setup(burst=burst, trouble=Trouble(delay=0.03))
+        with running(decoder, setup) as live, live.client() as client:
+            chunks[burst] = list(
+                client.completions.create(
+                    model=MODEL, prompt="abab abab", temperature=0, max_tokens=40, n=2, stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+            )  # fmt: skip
+            assert [c.choices[0].finish_reason for c in chunks[burst]].count("length") == 2
+    for index in (0, 1):
+        burst, even = (
+            [c.choices[0].text for c in chunks[b] if c.choices[0].index == index] for b in (True, False)
+        )
+        assert "".join(burst) == "".join(even)
+        assert len(burst) < len(even)
+
+
 def test_completions_stream_equals_whole(client: openai.OpenAI) -> None:
     asked = {"model": MODEL, "prompt": "once upon", "temperature": 0.8, "seed": 3, "max_tokens": 20}
     whole = client.completions.create(**asked)
