@@ -63,12 +63,14 @@ class Piece:
 
     def __add__(self, later: Piece) -> Piece:
         """This piece and the one after it, as one."""
-        if self.texts and not later.tokens:  # what was held back to the end counts as its last token's
-            texts = (*self.texts[:-1], self.texts[-1] + later.text)
-        else:
-            texts = self.texts + later.texts
-        tokens, drafted = self.tokens + later.tokens, self.drafted + later.drafted
-        return Piece(self.request, tokens, drafted, texts, later.finish, later.error)
+        return Piece(
+            self.request,
+            self.tokens + later.tokens,
+            self.drafted + later.drafted,
+            self.texts + later.texts,
+            later.finish,
+            later.error,
+        )
 
     def split(self, count: int) -> tuple[Piece, Piece]:
         """Its first `count` tokens, and the rest with how it ended."""

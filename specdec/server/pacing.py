@@ -65,8 +65,12 @@ class Pacer:
         if self._came is not None:
             self._rounds.append((now - self._came, tokens))
         self._came = now
+        if event.piece.error is not None or not tokens:  # whoever hears of it reads no further
+            self.flush()
+            self.deliver(event)
+            return
         self._waiting = event if self._waiting is None else self._waiting + event
-        if event.piece.finish or not tokens:
+        if event.piece.finish:
             self.flush()
         else:
             self._plan()

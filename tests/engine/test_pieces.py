@@ -55,8 +55,3 @@ def test_a_piece_cut_and_joined_is_the_piece(text: str, at: int) -> None:
     assert first.finish is None
     assert len(first.tokens) == len(first.texts) == at % (len(kept) + 1)
     assert first + rest == whole
-
-
-def test_text_without_tokens_joins_the_last_token() -> None:
-    joined = Piece("r", (1, 2), (True, False), ("a", "b")) + Piece("r", (), (), ("!",), "error", "broke")
-    assert joined == Piece("r", (1, 2), (True, False), ("a", "b!"), "error", "broke")

@@ -135,7 +135,7 @@ def test_slow_machines_do_not_hold_tokens_for_rounds() -> None:
     assert max(sent.delays) < 1.0
 
 
-def test_an_error_takes_along_what_waited() -> None:
+def test_what_waited_is_told_before_an_error() -> None:
     clock, left = Clock(), list[Event]()
     loop: Any = clock
     pacer = Pacer(left.append, loop)
@@ -143,6 +143,6 @@ def test_an_error_takes_along_what_waited() -> None:
         pacer.push(_event(tokens))
         clock.run_until(clock.now + LONGEST * ROUND)
     assert sum(len(event.piece.tokens) for event in left) < 8
-    pacer.push(Event(0, Piece("r", (), (), (), "error", "broke")))
-    assert sum(left[1:], start=left[0]).piece.tokens == tuple(range(8))
-    assert left[-1].piece.error == "broke"
+    pacer.push(Event(0, Piece("r", (8,), (False,), ("<8>",), "error", "broke")))
+    assert sum(left[1:-1], start=left[0]).piece.tokens == tuple(range(8))
+    assert (left[-1].piece.tokens, left[-1].piece.error) == ((8,), "broke")
