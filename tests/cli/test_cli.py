@@ -248,6 +248,8 @@ def test_ctrl_c_keeps_what_came(model: Path, tmp_path: Path) -> None:
     slow = (  # a step takes so long that the answer cannot end before the signal comes
         "import time; from specdec.engine.engine import Engine; step = Engine.step\n"
         "Engine.step = lambda self: (time.sleep(0.05), step(self))[1]\n"
+        # a shell that runs the tests in the background has Ctrl-C ignored, and children inherit that
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", slow + script, *words, "--max-tokens", "400", "--show-tree"],
