@@ -5,6 +5,7 @@ Prints one JSON line per optimizer step and leaves the weights in DIRECTORY/weig
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from tiny_training import samples, task
+from torch.nn.parallel import DistributedDataParallel
 
 from training.trainer import Row, Trainer
 
@@ -31,6 +33,8 @@ def main() -> None:
     trainer = Trainer(work, directory, report=report, accelerator=accelerator)
     trainer.resume()
     trainer.run()
+    left = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
+    assert not left, "DDP would take the process group along, and two processes may then never end"
     if accelerator.is_main_process:
         torch.save(dict(work.objective.head.state_dict()), directory / "weights.pt")
     accelerator.end_training()

@@ -253,6 +253,10 @@ class Trainer:
         self._measure()
         self.save()
         self.accelerator.wait_for_everyone()
+        # The process group must outlive DDP: its reducer, last to hold the group, would join gloo's thread with the
+        # interpreter locked, while that thread may need the interpreter to let go of the barrier's tensors.
+        self.module = self.task.objective
+        self.accelerator.free_memory()
         return self.progress
 
 
