@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.errors import SpecdecError
+from specdec.native.grading import KINDS, can_grade
+from specdec.native.grading import grade as native_grade
 
-KINDS = ("kl", "tv", "lk", "alpha")
 SMALLEST = 1e-6  # overlap below which its logarithm is cut
 CHUNK = 256  # rows whose logits exist at once: a few MB, which stay in cache
 
@@ -101,6 +102,15 @@ def grade(logits: Tensor, p: Tensor, loss: Loss) -> tuple[Graded, Tensor]:
     )
 
 
+def _grade_in_place(logits: Tensor, p: Tensor, index: Tensor, row_weight: Tensor, loss: Loss) -> Graded:
+    """Logits [R, Vd] become gradients of row_weight * loss, row p[index] being the target's."""
+    if can_grade(logits):
+        return Graded(*native_grade(logits, p, index, row_weight, loss.kind, loss.lk_rate))
+    graded, grad = grade(logits.float(), p[index].float(), loss)
+    logits.copy_(grad * row_weight[:, None])
+    return graded
+
+
 class _Fused(torch.autograd.Function):
     """sum_r weight_r loss_r of logits = hidden W^T, gradients made in the forward pass chunk by chunk."""
 
@@ -111,9 +121,8 @@ class _Fused(torch.autograd.Function):
         parts = []
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            graded, grad = grade(F.linear(hidden[part], weight).float(), p[index[part]].float(), loss)
-            d_logits[part] = grad * row_weight[part, None]
-            parts.append(graded)
+            torch.mm(hidden[part], weight.T, out=d_logits[part])
+            parts.append(_grade_in_place(d_logits[part], p, index[part], row_weight[part], loss))
         rows = torch.cat([graded.loss for graded in parts])
         overlap, hit = torch.cat([g.overlap for g in parts]), torch.cat([g.hit for g in parts])
         ctx.save_for_backward(d_logits @ weight, d_logits.T @ hidden)

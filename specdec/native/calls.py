@@ -36,6 +36,19 @@ class PlacingCall(ctypes.Structure):
     )
 
 
+class GradingCall(ctypes.Structure):
+    """`Grading`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("logits", "probs", "index", "weights", "loss", "overlap", "hit")),
+        *((name, _WHOLE) for name in ("rows", "width")),
+        ("rate", ctypes.c_float),
+        ("type", ctypes.c_int),
+        ("kind", ctypes.c_int),
+        ("threads", ctypes.c_int),
+    )
+
+
 class MatrixCall(ctypes.Structure):
     """`Matrix`."""
 

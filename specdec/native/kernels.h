@@ -29,6 +29,18 @@ typedef struct {
     int type, threads;
 } Placing;
 
+typedef struct {
+    void *logits;         /* [rows, width], and then their gradients */
+    const void *probs;    /* [.., width] the target's distributions, sums of one */
+    const int64_t *index; /* [rows] which of them grades each row */
+    const float *weights; /* [rows] */
+    float *loss, *overlap; /* [rows] */
+    uint8_t *hit;         /* [rows] */
+    long rows, width;
+    float rate;
+    int type, kind, threads;
+} Grading;
+
 #define FEW 4 /* rows that one thread is done with before another has begun */
 
 int specdec_linear(const float *x, const void *w, const float *bias, void *y, long rows, long inputs, long outputs,
@@ -43,5 +55,6 @@ void specdec_largest(const void *x, int64_t *places, long rows, long width, int 
 void specdec_top(const void *x, float *values, int64_t *places, long rows, long width, long count, int type,
                  int threads);
 void specdec_place(const Placing *p);
+int specdec_grade(const Grading *g);
 
 #endif

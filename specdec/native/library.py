@@ -30,6 +30,7 @@ SOURCES = (
     "elementwise.c",
     "layers.c",
     "largest.c",
+    "grading.c",
 )
 HEADERS = ("vectors.h", "exponential.h", "kernels.h", "visible.h", "amx.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
@@ -135,6 +136,8 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_top.restype = None
     loaded.specdec_place.argtypes = [pointer]
     loaded.specdec_place.restype = None
+    loaded.specdec_grade.argtypes = [pointer]
+    loaded.specdec_grade.restype = small
     loaded.specdec_layers.argtypes = [pointer, whole, pointer]
     loaded.specdec_layers.restype = small
     return loaded
