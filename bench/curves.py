@@ -47,7 +47,7 @@ def curves(tokens: int) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
         yield "unroll", steps, (f"unroll.steps={steps}",)
     for kind in ("tv", "lk"):
         yield "loss", kind, (f"loss.kind={kind}",)
-    yield "warm start", False, ("head.warm_start=false",)
+    yield "warm start", False, ("head.start=random",)
     for taps in ([2, 15, 27], [29], [15, 22, 29], [10, 20, 28], [2, 8, 15, 22, 29]):
         yield "taps", taps, (f"head.taps={taps}".replace(" ", ""),)
     for norm in ("fc_norm", "norm_output"):

@@ -6,7 +6,7 @@ Knows every part once and joins them; the loop is the trainer's. Legend: F featu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from specdec.target.lean import Block
 from specdec.target.load import LeanTarget
 from specdec.target.protocol import Target
 from training.data import Sample
+from training.earlier import take_over
 from training.features import Features
 from training.losses import Loss
 from training.objective import Objective, Settings
@@ -62,8 +63,9 @@ def choose_vocabulary(samples: Sequence[Sample], target: Target, recipe: Recipe)
     return Vocabulary(ids, coverage(counts, ids))
 
 
-def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft: int) -> HeadConfig:
-    """The head's numbers: the recipe's where it says, else the target's.
+def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft: int,
+                earlier: DraftHead | None = None) -> HeadConfig:  # fmt: skip
+    """The head's numbers: the earlier head's if there is one; else the recipe's where it says, else the target's.
 
     Args:
         config: the target's config.json.
@@ -72,6 +74,8 @@ def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft
     Raises:
         SpecdecError: too few layers for the taps.
     """
+    if earlier is not None:
+        return replace(earlier.config, draft_vocab=draft)
     text: Mapping[str, Any] = config.get("text_config") or config
     want, info = recipe.head, target.info
     taps = default_taps(info.layers) if want.taps == "default" else want.taps
@@ -94,8 +98,12 @@ def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft
 
 
 def build(target: Target, config: HeadConfig, vocabulary: Vocabulary, features: Features, recipe: Recipe,
-          ) -> tuple[Objective, Optimizer]:  # fmt: skip
-    """The objective around a started head, and its optimizer, on the target's device."""
+          earlier: DraftHead | None = None) -> tuple[Objective, Optimizer]:  # fmt: skip
+    """The objective around a started head, and its optimizer, on the target's device.
+
+    Args:
+        earlier: the head to go on from; None starts as the recipe says.
+    """
     generator = torch.Generator().manual_seed(recipe.trainer.seed)
     head = DraftHead(config)
     matrix = target.output_embedding()
@@ -105,12 +113,15 @@ def build(target: Target, config: HeadConfig, vocabulary: Vocabulary, features: 
     scale = moments.scale(len(config.taps) * config.target_hidden)
     if parts:
         scale = torch.ones_like(scale)  # its own norms see to it
-    if recipe.head.warm_start:
+    if earlier is not None:
+        take_over(head, earlier, vocabulary.ids, rows)
+    elif recipe.head.start == "closed-form":
         warm_start(head, vocabulary.ids, moments, _sources(target, config, rows), generator)
-        with torch.no_grad():
-            head.fc.weight.mul_(scale)
     else:
         cold_start(head, vocabulary.ids, generator)
+    if recipe.head.start != "random":
+        with torch.no_grad():
+            head.fc.weight.mul_(scale)  # solved or learned on features as the target gives them
     head.to(target.info.device)
     optimizer = Optimizer(head, config, _rates(recipe))
     head.to(compute_dtype(recipe))

@@ -67,6 +67,7 @@ included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 
   {story.coverage:.2%} of what the target wrote
 - {story.tokens:,} tokens of text answered by the target, {story.visits:,} token visits, {story.minutes:.0f} minutes
   on {story.device}
+- start: {story.recipe.head.start}
 - target fingerprint `{c.fingerprint}`, recipe hash `{story.recipe.hash()}` (see `recipe.yaml`)
 
 ## Data

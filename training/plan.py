@@ -21,11 +21,12 @@ PROMPT_TOKENS = 100  # of a prompt with its template, for want of better before 
 FLOPS = 6  # per parameter and token, forward and backward
 
 
-def print_plan(console: Console, recipe: Recipe, loaded: LoadedTarget, conversations: int) -> None:
-    """Print the plan of a run over so many conversations."""
+def print_plan(console: Console, recipe: Recipe, loaded: LoadedTarget, conversations: int,
+               earlier: DraftHead | None = None) -> None:  # fmt: skip
+    """Print the plan of a run over so many conversations, going on from the head `earlier` if there is one."""
     info = loaded.target.info
     draft = min(recipe.vocab.size or info.vocab, info.vocab)
-    config = head_config(loaded.target, load_config(loaded.files.directory), recipe, draft)
+    config = head_config(loaded.target, load_config(loaded.files.directory), recipe, draft, earlier)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DraftHead(config).parameters())
     tokens = conversations * (PROMPT_TOKENS + recipe.responses.max_tokens)
@@ -38,6 +39,7 @@ def print_plan(console: Console, recipe: Recipe, loaded: LoadedTarget, conversat
     rows = {
         "conversations, at most tokens": f"{conversations:,}, {tokens:,}",
         "head": f"{parameters:,} parameters, {parameters * 2 / 1e6:.1f} MB as bfloat16",
+        "start": recipe.head.start,
         "taps": ", ".join(map(str, config.taps)),
         "memory of head, masters, moments, gradients": f"{parameters * 18 / 1e6:,.0f} MB",
         "logit gradients of one micro-batch": f"{recipe.trainer.batch_tokens * draft * 4 / 1e6:,.0f} MB",

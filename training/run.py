@@ -28,6 +28,7 @@ from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, 
 from training.card import Story, draw, write_card
 from training.checkpoint import BEST, LAST, load_state
 from training.data import Skipped
+from training.earlier import earlier_head
 from training.endpoint import Endpoint, EndpointAnswerer
 from training.features import Capture, Features
 from training.mask import ChatMasker
@@ -89,8 +90,9 @@ def train(order: Order, console: Console | None = None) -> Path | None:
     loaded = load_target(
         order.target, device=accelerator.device, dtype=torch.float32 if dtype == torch.float32 else None
     )
+    earlier = earlier_head(recipe, loaded.target.info)
     if order.dry_run:
-        print_plan(console, recipe, loaded, len(conversations))
+        print_plan(console, recipe, loaded, len(conversations), earlier)
         return None
     chat = ChatMasker(loaded.tokenizer, loaded.target.info.stop_ids)
     with accelerator.main_process_first():
@@ -103,16 +105,16 @@ def train(order: Order, console: Console | None = None) -> Path | None:
                 texts = answered(conversations, answerer, store, chat, recipe, context, skipped)
     console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
                   f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
-    return train_on(texts, loaded, recipe, order.out, console, accelerator)
+    return train_on(texts, loaded, recipe, order.out, console, accelerator, earlier)
 
 
 def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, console: Console,
-             accelerator: Accelerator) -> Path:  # fmt: skip
-    """The second half of `train`, for texts that are already there."""
+             accelerator: Accelerator, earlier: DraftHead | None = None) -> Path:  # fmt: skip
+    """The second half of `train`, for texts that are already there; `earlier` is the head to go on from."""
     target = loaded.target
     vocabulary = choose_vocabulary(texts.train, target, recipe)
     draft = len(vocabulary.ids)
-    config = head_config(target, load_config(loaded.files.directory), recipe, draft)
+    config = head_config(target, load_config(loaded.files.directory), recipe, draft, earlier)
     console.print(f"draft vocabulary: {draft:,} tokens hold {vocabulary.coverage:.2%} of the answers")
     capture = Capture(target, config.taps, recipe.trainer.batch_tokens)
     features = Features(texts.train, capture, out / RUN / "features", recipe.cache.gigabytes)
@@ -126,7 +128,7 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
 
             features.fill(advance)
     accelerator.wait_for_everyone()
-    objective, optimizer = build(target, config, vocabulary, features, recipe)
+    objective, optimizer = build(target, config, vocabulary, features, recipe, earlier)
     identity = {"target": target.info.fingerprint, "recipe": recipe.hash(), "taps": str(config.taps)}
     task = Task(recipe, objective, optimizer, texts.train, features, texts.skip, identity)
     splits = [

@@ -90,7 +90,8 @@ class HeadSection:
 
     Attributes:
         taps: layer-input ids, or "default" for EAGLE-3's choice.
-        warm_start: start from the target's last layer, final norm and output embedding.
+        start: "closed-form" (see `training.warmstart`), "random", "shipped" or a directory. The last two go on from
+            a head that is there: its taps and shape are then the run's; the draft vocabulary is chosen anew.
     """
 
     taps: tuple[int, ...] | Literal["default"] = "default"
@@ -101,9 +102,12 @@ class HeadSection:
     norm_output: bool = False
     norm_before_residual: bool = False
     norm_before_fc: bool = False
-    warm_start: bool = True
+    start: str = "closed-form"
 
     def __post_init__(self) -> None:
+        _check(
+            self.start != "", "head.start", self.start, '"closed-form", "random", "shipped" or a directory'
+        )
         rising = self.taps == "default" or (
             len(self.taps) > 0 and list(self.taps) == sorted(set(self.taps)) and min(self.taps) >= 0
         )

@@ -91,10 +91,10 @@ def test_the_closed_form_start_knows_the_norms_before_fc(
     target: Path, prompts: Path, tmp_path: Path, norm: str
 ) -> None:
     losses = []
-    for start in ("true", "false"):
+    for start in ("closed-form", "random"):
         out = tmp_path / start
         train(
-            order(target, prompts, out, f"head.{norm}=true", f"head.warm_start={start}", "trainer.epochs=1"),
+            order(target, prompts, out, f"head.{norm}=true", f"head.start={start}", "trainer.epochs=1"),
             quiet(),
         )
         losses.append(read_log(out / "train_log.jsonl", "step")[0]["loss"][0])
@@ -121,3 +121,19 @@ def test_prompts_without_answers_are_refused_where_answers_must_be_given(
 def test_too_few_layers_for_the_taps(target: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecdecError, match=r"head\.taps"):
         train(order(target, prompts, tmp_path / "head", "head.taps=[2, 4, 9]"), quiet())
+
+
+def test_a_run_goes_on_from_an_earlier_head(target: Path, prompts: Path, tmp_path: Path) -> None:
+    """Without a step worth the name it ends as it began."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(order(target, prompts, first), quiet())
+    still = ("trainer.epochs=1", "optimizer.name=adamw", "optimizer.lr=1e-12")
+    train(
+        order(target, prompts, second, f"head.start={first}", "head.taps=default", *still),
+        quiet(),
+    )
+    before, after = load_head(first), load_head(second)
+    assert after.config == before.config
+    for name, value in before.state_dict().items():
+        assert torch.allclose(after.state_dict()[name].double(), value.double(), rtol=2**-7, atol=1e-6), name
+    assert f"start: {first}" in (second / "README.md").read_text()
