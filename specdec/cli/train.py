@@ -12,6 +12,7 @@ EXAMPLES = """\
 examples:
   specdec train --target smollm2-135m --prompts prompts.jsonl --out my-head
   specdec train --prompts prompts.jsonl --out my-head --recipe gpu optimizer.lr=5e-4 unroll.steps=5
+  specdec train --prompts my-domain.jsonl --out my-head head.start=shipped
   specdec train --prompts prompts.jsonl --out my-head --dry-run
   specdec train --prompts prompts.jsonl --out my-head --endpoint http://localhost:8000/v1
 
