@@ -12,7 +12,7 @@ from typing import Any
 
 def assembled(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], even: Iterable[str],
               options: Mapping[str, Any], folder: Path) -> str:  # fmt: skip
-    """What ptxas says of a kernel; its PTX is left in `folder`/kernel.ptx.
+    """What ptxas says of a kernel, and the shared memory it wants; its PTX is left in `folder`/kernel.ptx.
 
     Args:
         kinds: type of each argument that is no constant; even: arguments that are multiples of 16.
@@ -32,7 +32,8 @@ def assembled(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any
     path = folder / "kernel.ptx"
     path.write_text(built.asm["ptx"])
     command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", os.devnull]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return f"{said}{built.metadata.shared} bytes shared when launched\n"
 
 
 def spilled(report: str) -> tuple[int, int]:
@@ -40,3 +41,10 @@ def spilled(report: str) -> tuple[int, int]:
     found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert found is not None, report
     return int(found[1]), int(found[2])
+
+
+def shared(report: str) -> int:
+    """Bytes of shared memory that a launch asks for; sm_90 has 227 KiB for one program."""
+    found = re.search(r"(\d+) bytes shared when launched", report)
+    assert found is not None, report
+    return int(found[1])

@@ -116,6 +116,41 @@ def rows_kernel(
 
 
 @triton.jit
+def whole_rows_kernel(
+    x, weight, bias, plus, factor, y, rows, inputs, outputs, eps,
+    PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """At most BLOCK_ROWS rows, in tensor cores, all inputs in one step: PARTS products of BLOCK_IN that warps share.
+
+    Grid (blocks of outputs,); BLOCK_OUT divides `outputs`. Nothing is waited for twice: the matrix is on its way to
+    registers before the kernel before is done, and one step of a short matrix takes as long as one of many.
+    """
+    out, row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_ROWS)
+    at = tl.arange(0, PARTS)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
+    inside, alive, there = at < inputs, row < rows, out < outputs
+    matrix = weight + out[None, None, :] * inputs + at[:, :, None]
+    block = tl.load(matrix, mask=inside[:, :, None], other=0.0)
+    if PAIRED:
+        pair = tl.load(matrix + outputs * inputs, mask=inside[:, :, None], other=0.0)
+    wait_for_others()
+    fits = alive[None, :, None] & inside[:, None, :]
+    value = tl.load(x + row[None, :, None] * inputs + at[:, None, :], mask=fits, other=0.0)
+    scale = 1.0
+    if factor is not None:
+        wide = value.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(tl.sum(wide * wide, 2), 0) / inputs + eps)[:, None]
+        by = tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
+        value = (wide * by[:, None, :]).to(value.dtype)
+    made = tl.sum(tl.dot(value, block, input_precision="ieee"), 0) * scale + _more(bias, out, there)[None, :]
+    if PAIRED:
+        beside = tl.sum(tl.dot(value, pair, input_precision="ieee"), 0) * scale
+        made = _activated(made, beside + _more(bias, out + outputs, there)[None, :], y)
+    spot, kept = row[:, None] * outputs + out[None, :], alive[:, None] & there[None, :]
+    _put(made, _more(plus, spot, kept), y, spot, kept)
+
+
+@triton.jit
 def _before(x, factor, at, inputs):
     """Inputs of the row times the norm's weight, and their squares."""
     value = tl.load(x + at, mask=at < inputs, other=0.0).to(tl.float32)

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from interpreted import tell, told
-from sm90 import assembled, spilled
+from sm90 import assembled, shared, spilled
 from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.cache import CacheShape, KVCache, RowIndex
 from specdec.fused import layer, product
+from specdec.fused.available import power
 from specdec.layers.heads import Heads
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import Angles, Rope, frequencies
@@ -77,7 +78,7 @@ def place_case(queries: int, kv_heads: int, size: int, dtype: torch.dtype) -> fl
     return max(off(packed[:, :, :queries], query), off(ours.kv, theirs.kv))
 
 
-SHORT, TILE = product.Cut(4, 64, 4), product.Cut(16, 64, 2, 2)
+SHORT, TILE, WHOLE = product.Cut(4, 64, 4), product.Cut(16, 64, 2, 2), product.Cut(16, 32, 4)
 
 
 def product_case(inputs: int, outputs: int, dtype: torch.dtype, *, rows: int = 1, norm: bool = False,
@@ -126,6 +127,16 @@ CASES: dict[str, Callable[[], float]] = {
         72, 32, F32, rows=16, norm=True, paired=True, bias=True, cut=TILE
     ),
     "product of rows, half": lambda: product_case(576, 32, HALF, rows=3, norm=True, plus=True, cut=TILE),
+    "product of rows, at once": lambda: product_case(128, 32, F32, rows=5, bias=True, plus=True, cut=WHOLE),
+    "product of rows, at once behind a norm": lambda: product_case(
+        120, 48, F32, rows=20, norm=True, cut=WHOLE
+    ),
+    "product of rows, at once in pairs": lambda: product_case(
+        72, 32, F32, rows=16, norm=True, paired=True, bias=True, cut=WHOLE
+    ),
+    "product of rows, at once, half": lambda: product_case(
+        576, 32, HALF, rows=3, norm=True, plus=True, cut=product.Cut(16, 128, 8)
+    ),
 }
 NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count")
 
@@ -153,7 +164,7 @@ def compiled(
 
 @pytest.mark.parametrize("rows", product.ROWS)
 @pytest.mark.parametrize("absent", [("bias", "plus"), ("bias", "factor")])
-@pytest.mark.parametrize("sizes", [(576, 960), (1536, 576), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("sizes", [(576, 960), (1152, 960), (1536, 576), (4096, 14336), (14336, 4096)])
 def test_products_of_few_rows_keep_to_registers(
     rows: int, absent: tuple[str, ...], sizes: tuple[int, int], tmp_path: Path
 ) -> None:
@@ -167,13 +178,23 @@ def test_products_of_few_rows_keep_to_registers(
         if rows == 1:
             constants["WHOLE"] = cut.into >= sizes[0]
             report = compiled(product_kernels.row_kernel, constants, cut.warps, tmp_path, absent)
-        else:
+        elif cut.stages:
             constants |= {"BLOCK_ROWS": rows, "STAGES": cut.stages}
             report = compiled(product_kernels.rows_kernel, constants, cut.warps, tmp_path, absent)
             text = (tmp_path / "kernel.ptx").read_text()
             assert "mma.sync" in text or "wgmma" in text, "outside the tensor cores"
             assert "cp.async.cg.shared.global" in text and "cp.async.bulk.prefetch.L2" in text
+        else:
+            constants |= {"BLOCK_ROWS": rows, "PARTS": power(1, -(-sizes[0] // cut.into))}
+            report = compiled(product_kernels.whole_rows_kernel, constants, cut.warps, tmp_path, absent)
+            text = (tmp_path / "kernel.ptx").read_text()
+            assert "mma.sync" in text, "outside the tensor cores"
+            before, after = text.split("griddepcontrol.wait", 1)
+            assert before.count("ld.global") >= 4 and "ld.global" in after, (
+                "the matrix is not on its way before waiting"
+            )
         assert spilled(report) == (0, 0), report
+        assert shared(report) <= 227 * 1024, report
 
 
 def test_small_kernels_compile_for_sm_90(tmp_path: Path) -> None:
@@ -208,6 +229,23 @@ def test_trials_on_a_gpu_give_right_products(rows: int) -> None:
     trial = product.Trial.of(kind)
     for cut in product.candidates(kind):
         assert off(trial.ours(3, cut), trial.theirs(3)) < 2e-2
+
+
+@pytest.mark.parametrize("fault", [None, "wrong", "nan", "raises"])
+def test_a_cut_that_is_wrong_or_does_not_launch_is_not_tried(
+    fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = product.Kind(64, 32, torch.float32, torch.device("cpu"), False, False, True, 16)
+
+    def ours(trial: product.Trial, index: int, cut: product.Cut) -> Tensor:
+        if fault == "raises":
+            raise RuntimeError("out of resource: shared memory")
+        y = trial.theirs(index).clone()
+        y[0, 3] *= {None: 1.001, "wrong": 1.2, "nan": torch.nan}[fault]
+        return y
+
+    monkeypatch.setattr(product.Trial, "ours", ours)
+    assert product._right(product.Trial.of(kind), WHOLE) == (fault is None)
 
 
 def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
