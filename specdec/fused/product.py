@@ -25,7 +25,8 @@ POOL = (
 MOST, REPEATS = 128, 5  # matrices of a trial; runs of it
 SHORT = 1024  # inputs that one step takes whole
 ROWS = (1, 16, 32, 64)  # numbers of rows that kernels are cut for
-SMALL = 2**24  # bytes of a matrix beyond which several rows are left to cuBLAS
+SMALL = 2**24  # bytes of a matrix that costs more in launching and waiting than in reading
+BESIDE = 32  # rows whose squares fit the registers beside their products; of more, the norm comes first
 SLACK = 1e-2  # between two roundings of one product; bfloat16's norms come to 0.006
 PART = 128  # inputs of one of the products that make up a step of all inputs
 HELD = 2**16  # numbers that eight warps hold in registers; numbers of the rows that shared memory holds
@@ -69,6 +70,7 @@ class Kind:
         return self.lines * self.inputs * self.dtype.itemsize
 
 
+LARGE = (Cut(32, 128, 4, 4), Cut(64, 64, 4, 6), Cut(128, 64, 8, 4))  # for matrices that are read for long
 _cuts: dict[Kind, Cut | None] = {}
 
 
@@ -104,14 +106,16 @@ def candidates(kind: Kind) -> list[Cut]:
 
 
 def _tiles(kind: Kind, halves: int) -> list[Cut]:
-    """Cuts for several rows: the matrices of small models, which launches cost more than reading them."""
-    wide = 16 if kind.lines <= 2048 else 32 // halves
-    fits = kind.dtype.itemsize == 2 and kind.inputs % 8 == 0 and kind.outputs % wide == 0
-    if not fits or kind.nbytes > SMALL:
+    """Cuts for several rows. What is small wants few steps, what is large much of the matrix on its way."""
+    if kind.dtype.itemsize != 2 or kind.inputs % 8 or kind.lines * kind.inputs >= 2**31:
         return []
-    cuts = []
-    if not kind.norm or kind.rows <= 32:
-        cuts.append(Cut(wide, 128, 4 if wide == 32 or kind.rows == 64 else 2, 4))
+    if kind.nbytes > SMALL:
+        cuts = [cut._replace(out=cut.out // halves) for cut in LARGE]
+        return [cut for cut in cuts if kind.outputs % cut.out == 0]
+    wide = 16 if kind.lines <= 2048 else 32 // halves
+    if kind.outputs % wide:
+        return []
+    cuts = [Cut(wide, 128, 4 if wide == 32 or kind.rows == 64 else 2, 4)]
     room = PART * _parts(kind.inputs, PART)
     held = (kind.rows + 16 * halves) * room
     if kind.rows * room <= HELD and held <= 3 * HELD // 2:  # beyond, sixteen warps spill
@@ -156,6 +160,8 @@ def product(
         kernels.row_kernel[grid](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
         return y
     sizes["BLOCK_ROWS"] = max(16, _enough(rows))
+    if factor is not None and cut.stages and rows > BESIDE:
+        given = (norm(x, factor, eps).contiguous(), *given[1:4], None, y)
     if cut.stages:
         kernels.rows_kernel[grid](*given, rows, inputs, outputs, eps, STAGES=cut.stages, **sizes)
     else:

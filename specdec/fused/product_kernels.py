@@ -19,6 +19,8 @@ import triton.language as tl
 from specdec.fused.layer_kernels import activated
 from specdec.fused.overlap_kernels import fetch_ahead, wait_for_others
 
+AHEAD = tl.constexpr(2**15)  # elements that one program fetches ahead at most
+
 
 @triton.jit
 def row_kernel(
@@ -77,12 +79,14 @@ def rows_kernel(
 ):  # fmt: skip
     """At most BLOCK_ROWS rows, in tensor cores: every program reads its rows of the matrix once, and all of x.
 
-    Grid (blocks of outputs,); BLOCK_OUT divides `outputs`. The matrix is fetched into the L2 cache before waiting.
+    Grid (blocks of outputs,); BLOCK_OUT divides `outputs`. A short matrix is fetched into the L2 cache before waiting;
+    of a long one, what the programs fetched would drive out each other's.
     """
     first = tl.program_id(0) * BLOCK_OUT
-    fetch_ahead(weight + first.to(tl.int64) * inputs, BLOCK_OUT * inputs, 64)
+    ahead = tl.where(BLOCK_OUT * inputs <= AHEAD, BLOCK_OUT * inputs, 0)
+    fetch_ahead(weight + first.to(tl.int64) * inputs, ahead, 64)
     if PAIRED:
-        fetch_ahead(weight + (outputs + first).to(tl.int64) * inputs, BLOCK_OUT * inputs, 64)
+        fetch_ahead(weight + (outputs + first).to(tl.int64) * inputs, ahead, 64)
     out, row, column = first + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_IN)
     there, alive = out < outputs, (row < rows)[:, None]
     matrix, pairs = weight + out[None, :] * inputs, weight + (outputs + out)[None, :] * inputs
