@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 #define NOTHING (-1e30f) /* a logit of probability zero, and no infinity: zero times it is zero */
-#define SMALLEST 1e-6f   /* overlap below which its logarithm is cut */
+#define SMALLEST 1e-6f   /* overlap below which its logarithm is cut, as in training/losses.py */
 
 enum { KL = 0, TV = 1, LK = 2, ALPHA = 3 };
 
@@ -51,18 +51,11 @@ INLINE float widened(const void *from, long start, long width, int type, float *
     }
     float most = -INFINITY;
     for (int lane = 0; lane < LANES; lane++) most = top[lane] > most ? top[lane] : most;
-    for (int lane = 0; i < width && lane < LANES; lane++) {
-        if (i + lane >= width) {
-            to[i + lane] = filling;
-            continue;
-        }
-        if (type == FLOAT32) to[i + lane] = ((const float *)from)[start + i + lane];
-        else {
-            const uint32_t bits = (uint32_t)((const uint16_t *)from)[start + i + lane] << 16;
-            memcpy(to + i + lane, &bits, sizeof bits);
-        }
-        most = to[i + lane] > most ? to[i + lane] : most;
+    for (; i < width; i++) {
+        to[i] = entry(from, start + i, type);
+        most = to[i] > most ? to[i] : most;
     }
+    for (; i % LANES; i++) to[i] = filling;
     return most;
 }
 

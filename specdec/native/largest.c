@@ -9,14 +9,6 @@
 #define STRETCH 1024 /* entries that are searched for the largest once it is known to be among them */
 #define MOST 32      /* entries of a row that are kept in order */
 
-INLINE float entry(const void *x, long at, int type) {
-    if (type == FLOAT32) return ((const float *)x)[at];
-    const uint32_t bits = (uint32_t)((const uint16_t *)x)[at] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* The largest of entries first..last, or NaN where one of them is. */
 INLINE float largest(const void *x, int type, long first, long last) {
     floats top = (floats){0} - INFINITY;

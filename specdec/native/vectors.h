@@ -64,6 +64,15 @@ INLINE floats load(const void *from, long at, int type) {
 #endif
 }
 
+/* One of them alone. */
+INLINE float entry(const void *x, long at, int type) {
+    if (type == FLOAT32) return ((const float *)x)[at];
+    const uint32_t bits = (uint32_t)((const uint16_t *)x)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* bfloat16: to nearest, ties to even, as torch rounds; what is not a number stays so. */
 INLINE void store(void *to, long at, int type, floats x) {
     if (type == FLOAT32) {

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from specdec.cache import CacheShape, KVCache, RowIndex
 from specdec.fused import layer, product
-from specdec.fused.available import power
 from specdec.layers.heads import Heads
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import Angles, Rope, frequencies
@@ -189,7 +188,7 @@ def test_products_of_few_rows_keep_to_registers(
             assert "mma.sync" in text or "wgmma" in text, "outside the tensor cores"
             assert "cp.async.cg.shared.global" in text and "cp.async.bulk.prefetch.L2" in text
         else:
-            constants |= {"BLOCK_ROWS": rows, "PARTS": power(1, -(-sizes[0] // cut.into))}
+            constants |= {"BLOCK_ROWS": rows, "PARTS": product._parts(sizes[0], cut.into)}
             report = compiled(product_kernels.whole_rows_kernel, constants, cut.warps, tmp_path, absent)
             text = (tmp_path / "kernel.ptx").read_text()
             assert "mma.sync" in text, "outside the tensor cores"

@@ -43,9 +43,7 @@ def test_the_head_comes_whole_and_belongs_to_the_target(saved: Path) -> None:
 
 def test_the_shipped_head_is_found_by_the_name_of_its_target() -> None:
     shipped = replace(INFO, name="smollm2-135m")
-    with pytest.raises(
-        SpecdecError, match="a tap lies beyond"
-    ):  # found and loaded, but the tables are another target
+    with pytest.raises(SpecdecError, match="a tap lies beyond"):  # found and loaded, for another target
         earlier_head(recipe("shipped"), shipped)
     assert (FOLDER / "smollm2-135m").is_dir()
 
