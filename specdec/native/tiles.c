@@ -15,6 +15,8 @@
 #define TILE_BYTES 1024    /* of a block of one panel */
 #define NEAR (1024 * 1024) /* weights that stay near while all rows meet them */
 #define AHEAD 2048         /* bytes behind the pairs at work from which the next ones are fetched */
+#define MOST_ROWS 8        /* which share each read of weights */
+#define MOST_PANELS 6
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -40,24 +42,26 @@ INLINE void put(const Product *p, long row, long panel, floats y) {
     }
 }
 
-/* `rows` rows by `panels` panels; the counts are constants once inlined. */
-INLINE void block(const Product *p, long row, long panel, const int rows, const int panels) {
-    __m512 total[ROWS];
-    const char *w = p->w + panel * p->blocks * TILE_BYTES;
+/* `rows` rows by `panels` panels into `total`; the counts are constants once inlined. Meanwhile weights are fetched from
+ * `next` on, `every` bytes a step. */
+INLINE void block(const Product *p, long row, long panel, const char *next, long every, __m512 *total, const int rows,
+                  const int panels) {
+    const long step = p->blocks * TILE_BYTES, wide = p->blocks * BLOCK;
+    const char *w = p->w + panel * step;
+    const uint16_t *x = p->x + row * wide;
     UNROLL for (int i = 0; i < rows * panels; i++) total[i] = _mm512_setzero_ps();
     for (long k = 0; k < p->blocks * PAIRS; k++) {
-        __m512bh weights[ROWS];
+        __m512bh weights[MOST_PANELS];
         UNROLL for (int i = 0; i < panels; i++) {
-            const char *pairs = w + i * p->blocks * TILE_BYTES + k * 64;
-            __builtin_prefetch(pairs + AHEAD);
-            weights[i] = (__m512bh)_mm512_loadu_si512(pairs);
+            __builtin_prefetch(next + i * step + k * every);
+            weights[i] = (__m512bh)_mm512_loadu_si512(w + i * step + k * 64);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             int32_t pair;
-            memcpy(&pair, p->x + (row + r) * p->blocks * BLOCK + 2 * k, sizeof pair);
-            __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            memcpy(&pair, x + r * wide + 2 * k, sizeof pair);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
             UNROLL for (int i = 0; i < panels; i++)
-                total[r * panels + i] = _mm512_dpbf16_ps(total[r * panels + i], weights[i], x);
+                total[r * panels + i] = _mm512_dpbf16_ps(total[r * panels + i], weights[i], both);
         }
     }
     UNROLL for (int r = 0; r < rows; r++) {
@@ -65,15 +69,40 @@ INLINE void block(const Product *p, long row, long panel, const int rows, const 
     }
 }
 
-/* A single row takes several panels at once, several rows share each panel. */
-static void by_pairs(const Product *p, long panel, long last) {
-    if (p->rows == 1)
-        for (; panel + ROWS / 2 <= last; panel += ROWS / 2) block(p, 0, panel, 1, ROWS / 2);
-    for (; panel < last; panel++) {
-#define UNDER(row, many) block(p, row, panel, many, 1)
-        IN_ROWS(p->rows, UNDER);
-#undef UNDER
+/* As many sums as fit the registers beside what is multiplied and where it stands. A single panel is what is left of many. */
+#define SHAPES(OF)                                                                                                     \
+    OF(1, 6) OF(2, 6) OF(3, 6) OF(4, 4) OF(4, 2) OF(5, 2) OF(6, 2) OF(7, 2) OF(8, 2)                                   \
+    OF(1, 1) OF(2, 1) OF(3, 1) OF(4, 1) OF(5, 1) OF(6, 1) OF(7, 1) OF(8, 1)
+
+/* Of exactly as many sums: of an array that is longer, GCC leaves some in memory. */
+#define BLOCK_OF(rows, panels)                                                                                         \
+    static void block_##rows##_##panels(const Product *p, long row, long panel, const char *next, long every) {        \
+        __m512 total[rows * panels];                                                                                   \
+        block(p, row, panel, next, every, total, rows, panels);                                                        \
     }
+SHAPES(BLOCK_OF)
+
+typedef void (*Block)(const Product *p, long row, long panel, const char *next, long every);
+#define ENTRY(rows, panels) [rows][panels] = block_##rows##_##panels,
+static const Block blocks[MOST_ROWS + 1][MOST_PANELS + 1] = {SHAPES(ENTRY)};
+
+/* All rows by `many` panels. Weights that a few rows meet are fetched shortly before; where more rows meet them, each strip
+ * of rows fetches its share of those after them. */
+static void group(const Product *p, long panel, long many) {
+    const long strips = (p->rows + MOST_ROWS - 1) / MOST_ROWS, step = p->blocks * TILE_BYTES;
+    const char *w = p->w + panel * step;
+    for (long strip = 0; strip < strips; strip++) {
+        const long row = p->rows * strip / strips, below = p->rows * (strip + 1) / strips;
+        const char *next = strips == 1 ? w + AHEAD : w + many * step + step * strip / strips;
+        blocks[below - row][many](p, row, panel, next, 64 / strips);
+    }
+}
+
+/* Panels in groups: a few rows take several at once, enough sums in flight to hide the latency of one. */
+static void by_pairs(const Product *p, long panel, long last) {
+    const long many = p->rows <= 3 ? 6 : p->rows <= 4 ? 4 : 2;
+    for (; panel + many <= last; panel += many) group(p, panel, many);
+    for (; panel < last; panel++) group(p, panel, 1);
 }
 
 #if defined(__AMX_BF16__) && defined(__linux__)

@@ -30,7 +30,7 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_a
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 
 /* CALL(i, rows) over `count` rows, as many at a time as fit the registers; `rows` is a constant each time. */
 #define IN_ROWS(count, CALL)                                                                                           \
