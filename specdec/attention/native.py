@@ -17,7 +17,14 @@ from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
 from specdec.native.calls import AttentionCall, AttentionPlan
 from specdec.native.library import library, why_not
-from specdec.native.linear import AMX, DTYPES, PAIRS, PANEL, tiles_kind
+from specdec.native.linear import AVX512, DTYPES, PAIRS, PANEL, tiles_kind
+
+
+def _scores_by(dtype: torch.dtype, head_dim: int) -> int:
+    """A tile takes 32 numbers of a head; where they do not divide it, pairs do."""
+    if dtype != torch.bfloat16:
+        return 0
+    return tiles_kind() if head_dim % (2 * PAIRS) == 0 else min(tiles_kind(), AVX512)
 
 
 class NativeAttention:
@@ -45,7 +52,7 @@ class NativeAttention:
             capacity=cache.length, slot_step=shape.kv_heads * cache.length * shape.head_dim,
             tree_rows=tensors[3].shape[1], offset=rows.offset, window=window or 0,
             type=shape.dtype == torch.bfloat16, threads=torch.get_num_threads(),
-            tiles=shape.dtype == torch.bfloat16 and tiles_kind() == AMX and shape.head_dim % (2 * PAIRS) == 0,
+            kind=_scores_by(shape.dtype, shape.head_dim),
         )  # fmt: skip
         if rows.ancestors is not None:
             tensors.append(rows.ancestors.contiguous())

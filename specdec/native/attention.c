@@ -1,7 +1,8 @@
 /* Attention of a few rows over the keys and values of their own request: committed rows, then tree rows by ancestor bit.
  *
- * A score is summed over the head in order, the weighted values over the keys as they are stored, and hidden keys add
- * exactly zero. So a tree node's result is, bit by bit, what the same path gives alone.
+ * Rows lie side by side, so scores, weights and their sums are made for a vector of rows at once. A score depends on its
+ * query and key alone, hidden keys add exactly zero, and weighted values are summed over the keys as they are stored. So a
+ * tree node's result is, bit by bit, what the same path gives alone.
  */
 #include <math.h>
 #include <omp.h>
@@ -10,177 +11,213 @@
 #include "kernels.h"
 #include "visible.h"
 
-#define MOST_ROWS 48 /* packed query rows of one piece of work */
-#define TILE 64      /* keys that stay near while all rows of a piece meet them */
+#define MOST_ROWS 48 /* packed query rows of one piece of work: three tiles */
+#define NEARBY 64    /* keys that stay near while all rows of a piece meet their values */
+#define AHEAD 32     /* keys behind those at work whose values are fetched */
+#define WORTH 2048   /* scores of a piece from which threads that had no piece of their own take a share of it */
+#define LINE_BYTES 64
 
-/* Rows first..last of a cache as float32 [TILE, size]. */
-INLINE void stage(const void *from, int type, long size, long first, long last, float *tile) {
-    for (long i = 0; i < (last - first) * size; i += LANES) store(tile, i, FLOAT32, load(from, first * size + i, type));
+/* Packed rows first..first+count of KV head `g` of request `b`: the heads of its group at one node, then at the next. They
+ * see keys up to `total`; `wide` is `count` in whole vectors. */
+typedef struct {
+    long b, g, first, count, wide, total;
+    const char *keys, *values;
+} Piece;
+
+/* Scratch: turned queries, scores [keys, wide], sums of each row's weights, results [rows, size], some keys. */
+typedef struct {
+    float *turned, *scores, *sums, *out, *near;
+} Room;
+
+static long pieces_of(const Attention *a) {
+    return (a->heads / a->kv_heads * a->rows + MOST_ROWS - 1) / MOST_ROWS;
 }
 
-/* A square of lanes and vectors turned over its diagonal. */
-INLINE void transpose(floats v[LANES]) {
-    UNROLL for (int half = LANES / 2; half; half /= 2) {
-        ints low;
-        UNROLL for (int i = 0; i < LANES; i++) low[i] = i & half ? i - half + LANES : i;
-        UNROLL for (int i = 0; i < LANES; i++) {
-            if (i & half) continue;
-            floats a = v[i], b = v[i + half];
-            v[i] = __builtin_shuffle(a, b, low);
-            v[i + half] = __builtin_shuffle(a, b, low + half);
-        }
-    }
+static Piece piece_of(const Attention *a, long number) {
+    const long groups = a->heads / a->kv_heads, pieces = pieces_of(a), bytes = a->type == BFLOAT16 ? 2 : 4;
+    Piece p = {.b = number / pieces / a->kv_heads, .g = number / pieces % a->kv_heads, .first = number % pieces * MOST_ROWS};
+    const long left = groups * a->rows - p.first, place = a->slots[p.b] * a->slot_step + p.g * a->capacity * a->size;
+    p.count = left < MOST_ROWS ? left : MOST_ROWS;
+    p.wide = (p.count + LANES - 1) / LANES * LANES;
+    p.total = end_of(a, p.b, (p.first + p.count - 1) / groups);
+    p.keys = (const char *)a->keys + place * bytes;
+    p.values = (const char *)a->values + place * bytes;
+    return p;
 }
 
-/* Rows first..last turned to [size, TILE]; keys beyond are zeros. */
-INLINE void stage_turned(const void *from, int type, long size, long first, long last, float *tile) {
-    for (long j = 0; j < last - first; j += LANES) {
-        for (long d = 0; d < size; d += LANES) {
-            floats v[LANES];
-            UNROLL for (int i = 0; i < LANES; i++)
-                v[i] = first + j + i < last ? load(from, (first + j + i) * size + d, type) : (floats){0};
-            transpose(v);
-            UNROLL for (int i = 0; i < LANES; i++) store(tile, (d + i) * TILE + j, FLOAT32, v[i]);
-        }
-    }
+static void score(const Attention *a, const Piece *p, long first, long last, const Room *to, const Room *mine) {
+    specdec_scores(a, p->keys, to->turned, first, last, p->wide, to->scores, mine->near);
 }
 
-/* Scores of `rows` queries [rows, size] with the first `count` keys of a turned tile, in whole panels; each is summed
- * over the head in order. */
-INLINE void score(const float *query, const float *tile, long size, long count, const int rows, float *scores,
-                  long stride) {
-    for (long j = 0; j < count; j += PANEL) {
-        floats total[ROWS * PARTS];
-        UNROLL for (int i = 0; i < rows * PARTS; i++) total[i] = (floats){0};
-        for (long d = 0; d < size; d++) {
-            floats key[PARTS];
-            UNROLL for (int i = 0; i < PARTS; i++) key[i] = *(const floats *)(tile + d * TILE + j + i * LANES);
-            UNROLL for (int r = 0; r < rows; r++) {
-                UNROLL for (int i = 0; i < PARTS; i++) total[r * PARTS + i] += key[i] * query[r * size + d];
-            }
-        }
-        UNROLL for (int i = 0; i < rows * PARTS; i++)
-            *(floats *)(scores + i / PARTS * stride + j + i % PARTS * LANES) = total[i];
-    }
-}
-
-/* out[rows, size] += weights[rows, keys] . tile[keys, size], over keys in order. */
-INLINE void weigh(const float *weights, long stride, const float *tile, long size, long keys, const int rows,
-                  float *out) {
-    for (long d = 0; d < size; d += PANEL) {
-        floats total[ROWS * PARTS];
-        UNROLL for (int i = 0; i < rows * PARTS; i++)
-            total[i] = *(floats *)(out + i / PARTS * size + d + i % PARTS * LANES);
-        for (long j = 0; j < keys; j++) {
-            floats value[PARTS];
-            UNROLL for (int i = 0; i < PARTS; i++) value[i] = *(const floats *)(tile + j * size + d + i * LANES);
-            UNROLL for (int r = 0; r < rows; r++) {
-                UNROLL for (int i = 0; i < PARTS; i++) total[r * PARTS + i] += value[i] * weights[r * stride + j];
-            }
-        }
-        UNROLL for (int i = 0; i < rows * PARTS; i++)
-            *(floats *)(out + i / PARTS * size + d + i % PARTS * LANES) = total[i];
-    }
-}
-
-/* Sums of the weights of `rows` rows, each in the order of the keys. */
-INLINE void add_up(const float *weights, long stride, long keys, const int rows, float *sum) {
-    float total[ROWS] = {0};
-    for (long j = 0; j < keys; j++) {
-        UNROLL for (int r = 0; r < rows; r++) total[r] += weights[r * stride + j];
-    }
-    UNROLL for (int r = 0; r < rows; r++) sum[r] = total[r];
-}
-
-/* Turn scores into weights in place; [count] is whole vectors, padded with -infinity. */
-static void soften(float *scores, long count, float scale) {
-    floats top = (floats){0} - INFINITY;
-    for (long j = 0; j < count; j += LANES) {
-        floats x = *(floats *)(scores + j);
+/* Turn the scores of a vector of rows, from row `i` on, into weights in place, and add up those of each. */
+static void soften(const Attention *a, const Piece *p, long i, const Room *room) {
+    const long groups = a->heads / a->kv_heads, wide = p->wide;
+    float *scores = room->scores + i;
+    for (long r = 0; r < LANES && i + r < p->count; r++) hide(a, p->b, (p->first + i + r) / groups, scores + r, p->total, wide);
+    floats top = (floats){0} - INFINITY, sum = {0};
+    for (long j = 0; j < p->total; j++) {
+        floats x = *(floats *)(scores + j * wide);
         ints more = x > top;
         top = (floats)(((ints)x & more) | ((ints)top & ~more));
     }
-    float most = -INFINITY;
-    for (int i = 0; i < LANES; i++) most = top[i] > most ? top[i] : most;
-    if (most == -INFINITY) most = NAN; /* only numbers can be compared: what is none must stay so */
-    for (long j = 0; j < count; j += LANES) {
-        floats *x = (floats *)(scores + j);
-        *x = exponential((*x - most) * scale);
+    ints none = top == -INFINITY; /* only numbers can be compared: what is none must stay so */
+    top = (floats)((ints)top | (none & 0x7fc00000));
+    for (long j = 0; j < p->total; j++) {
+        floats *x = (floats *)(scores + j * wide);
+        *x = exponential((*x - top) * a->scale);
+        sum += *x;
+    }
+    *(floats *)(room->sums + i) = sum;
+}
+
+/* Values by weights: `weights` and `out` are those of the first row, `values` of the first key; numbers first..last of a
+ * head. */
+typedef struct {
+    const float *weights;
+    const char *values;
+    float *out;
+    long wide, size, keys, first, last;
+} Weighing;
+
+/* out[rows, d..] += weights[keys, rows]' . values[keys, d..], so many vectors wide, over keys in order. */
+INLINE void weigh_strip(const Weighing *w, int type, long d, const int rows, const int vectors) {
+    const long bytes = type == BFLOAT16 ? 2 : 4, line = w->size * bytes, size = w->size, wide = w->wide, keys = w->keys;
+    const char *values = w->values + d * bytes;
+    const float *weights = w->weights;
+    float *out = w->out + d;
+    floats total[4 * ROWS];
+    UNROLL for (int i = 0; i < rows * vectors; i++) total[i] = *(floats *)(out + i / vectors * size + i % vectors * LANES);
+    for (long j = 0; j < keys; j++) {
+        floats value[4];
+        UNROLL for (int i = 0; i < vectors * LANES * bytes; i += LINE_BYTES) __builtin_prefetch(values + AHEAD * line + i);
+        UNROLL for (int i = 0; i < vectors; i++) value[i] = load(values, i * LANES, type);
+        UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL for (int i = 0; i < vectors; i++) total[r * vectors + i] += value[i] * weights[r];
+        }
+        values += line;
+        weights += wide;
+    }
+    UNROLL for (int i = 0; i < rows * vectors; i++) *(floats *)(out + i / vectors * size + i % vectors * LANES) = total[i];
+}
+
+/* In strips with as many sums as the registers hold: that hides the latency of one. */
+INLINE void weigh_rows(const Weighing *w, int type, const int rows) {
+    long d = w->first;
+#define STRIPS(vectors) for (; d + (vectors) * LANES <= w->last; d += (vectors) * LANES) weigh_strip(w, type, d, rows, vectors)
+    if (4 * rows + 5 <= REGISTERS) STRIPS(4);
+    if (2 * rows + 3 <= REGISTERS) STRIPS(2);
+    STRIPS(1);
+#undef STRIPS
+}
+
+/* A function for each number of rows: inlined together, they leave GCC too few registers. */
+#define WEIGH(rows)                                                                                                    \
+    static void weigh_##rows(const Weighing *w, int type) {                                                            \
+        if (type == BFLOAT16) weigh_rows(w, BFLOAT16, rows);                                                           \
+        else weigh_rows(w, FLOAT32, rows);                                                                             \
+    }
+EACH_ROWS(WEIGH)
+#define ENTRY(rows) [rows] = weigh_##rows,
+static void (*const weighers[ROWS + 1])(const Weighing *w, int type) = {EACH_ROWS(ENTRY)};
+
+/* Numbers first..last of a head for all rows of a piece, and to where they belong. */
+static void weigh(const Attention *a, const Piece *p, long first, long last, const Room *room) {
+    const long size = a->size, wide = p->wide, groups = a->heads / a->kv_heads, bytes = a->type == BFLOAT16 ? 2 : 4;
+    const long blocks = (p->count + ROWS - 1) / ROWS;
+    for (long i = 0; i < p->count; i++)
+        memset(room->out + i * size + first, 0, (size_t)(last - first) * sizeof *room->out);
+    for (long j = 0; j < p->total; j += NEARBY) {
+        const long many = p->total - j < NEARBY ? p->total - j : NEARBY;
+        for (long block = 0; block < blocks; block++) {
+            const long i = p->count * block / blocks, below = p->count * (block + 1) / blocks;
+            const Weighing w = {room->scores + j * wide + i, p->values + j * size * bytes, room->out + i * size,
+                                wide, size, many, first, last};
+            weighers[below - i](&w, a->type);
+        }
+    }
+    for (long i = 0; i < p->count; i++) {
+        const long n = (p->first + i) / groups, head = p->g * groups + (p->first + i) % groups;
+        for (long d = first; d < last; d += LANES)
+            store(a->out, ((p->b * a->rows + n) * a->heads + head) * size + d, a->type,
+                  *(floats *)(room->out + i * size + d) / room->sums[i]);
     }
 }
 
-/* Packed rows first..first+count of KV head `g` of request `b`: the heads of its group at one node, then at the next. */
-static void piece(const Attention *a, int type, long b, long g, long first, long count, float *room) {
-    long groups = a->heads / a->kv_heads, size = a->size, bytes = type == BFLOAT16 ? 2 : 4, total = 0;
-    for (long i = 0; i < count; i++) {
-        long end = end_of(a, b, (first + i) / groups);
-        total = end > total ? end : total;
+/* One thread does all of a piece. */
+static void alone(const Attention *a, const Piece *p, const Room *room) {
+    specdec_turn(a, p->b, p->g, p->first, p->count, room->turned);
+    score(a, p, 0, p->total, room, room);
+    for (long i = 0; i < p->wide; i += LANES) soften(a, p, i, room);
+    weigh(a, p, 0, a->size, room);
+}
+
+static long parts_of(long whole, long part) { return (whole + part - 1) / part; }
+
+/* All threads do `left` pieces from number `first` on together, step by step, in the rooms of as many threads. */
+static void together(const Attention *a, long first, long left, long longest, const Room *rooms, const Room *mine) {
+    const long strips = MOST_ROWS / LANES, runs = parts_of(longest, NEARBY), wide = 2 * LANES, lines = parts_of(a->size, wide);
+#pragma omp for schedule(static)
+    for (long w = 0; w < left; w++) {
+        const Piece p = piece_of(a, first + w);
+        specdec_turn(a, p.b, p.g, p.first, p.count, rooms[w].turned);
     }
-    long stride = (total + PANEL - 1) / PANEL * PANEL;
-    float *query = room, *out = query + MOST_ROWS * size, *tile = out + MOST_ROWS * size, *scores = tile + TILE * size;
-    const char *keys = (const char *)a->keys + (a->slots[b] * a->slot_step + g * a->capacity * size) * bytes;
-    const char *values = (const char *)a->values + (a->slots[b] * a->slot_step + g * a->capacity * size) * bytes;
-    for (long i = 0; i < count; i++) {
-        long n = (first + i) / groups, head = g * groups + (first + i) % groups;
-        for (long d = 0; d < size; d += LANES)
-            *(floats *)(query + i * size + d) = load(a->query, b * a->request_step + n * a->query_step + head * size + d, type);
+#pragma omp for schedule(static)
+    for (long w = 0; w < left * runs; w++) {
+        const Piece p = piece_of(a, first + w / runs);
+        const long from = w % runs * NEARBY, to = from + NEARBY < p.total ? from + NEARBY : p.total;
+        if (from < to) score(a, &p, from, to, rooms + w / runs, mine);
     }
-    for (long j = 0; j < total; j += TILE) {
-        long many = total - j < TILE ? total - j : TILE;
-        stage_turned(keys, type, size, j, j + many, tile);
-#define SCORE(i, rows) score(query + (i) * size, tile, size, many, rows, scores + (i) * stride + j, stride)
-        IN_ROWS(count, SCORE);
-#undef SCORE
+#pragma omp for schedule(static)
+    for (long w = 0; w < left * strips; w++) {
+        const Piece p = piece_of(a, first + w / strips);
+        if (w % strips * LANES < p.wide) soften(a, &p, w % strips * LANES, rooms + w / strips);
     }
-    for (long i = 0; i < count; i++) {
-        float *row = scores + i * stride;
-        for (long j = total; j < stride; j++) row[j] = -INFINITY;
-        hide(a, b, (first + i) / groups, row, total, 1);
-        soften(row, stride, a->scale);
-    }
-    float sum[MOST_ROWS];
-#define ADD_UP(i, rows) add_up(scores + (i) * stride, stride, total, rows, sum + (i))
-    IN_ROWS(count, ADD_UP);
-#undef ADD_UP
-    for (long i = 0; i < count * size; i++) out[i] = 0;
-    for (long j = 0; j < total; j += TILE) {
-        long many = total - j < TILE ? total - j : TILE;
-        stage(values, type, size, j, j + many, tile);
-#define WEIGH(i, rows) weigh(scores + (i) * stride + j, stride, tile, size, many, rows, out + (i) * size)
-        IN_ROWS(count, WEIGH);
-#undef WEIGH
-    }
-    for (long i = 0; i < count; i++) {
-        long n = (first + i) / groups, head = g * groups + (first + i) % groups;
-        for (long d = 0; d < size; d += LANES)
-            store(a->out, ((b * a->rows + n) * a->heads + head) * size + d, type,
-                  *(floats *)(out + i * size + d) / sum[i]);
+#pragma omp for schedule(static)
+    for (long w = 0; w < left * lines; w++) {
+        const Piece p = piece_of(a, first + w / lines);
+        const long from = w % lines * wide, to = from + wide < a->size ? from + wide : a->size;
+        weigh(a, &p, from, to, rooms + w / lines);
     }
 }
 
-/* Returns 0, or 1 when there is no memory. */
+/* Rooms have to hold so many keys. Returns one of NULLs without memory. */
+static Room room_for(const Attention *a, long keys) {
+    const long heads = MOST_ROWS * a->size, scores = MOST_ROWS * keys, near = NEARBY * a->size;
+    float *all = scratch((size_t)(2 * heads + scores + MOST_ROWS + near));
+    if (!all) return (Room){0};
+    return (Room){all, all + heads, all + heads + scores, all + heads + scores + MOST_ROWS,
+                  all + 2 * heads + scores + MOST_ROWS};
+}
+
+/* Each thread takes pieces of its own; where the last ones would leave threads idle, they are done together. Returns 0, or 1
+ * when there is no memory. */
 int specdec_attention(const Attention *a) {
-    if (a->tiles) return specdec_attention_tiles(a);
-    long groups = a->heads / a->kv_heads, packed = groups * a->rows, longest = 0;
-    for (long b = 0; b < a->batch; b++) {
-        long end = a->lengths[b] + a->offset + a->rows;
-        longest = end > longest ? end : longest;
-    }
-    long pieces = (packed + MOST_ROWS - 1) / MOST_ROWS, works = a->batch * a->kv_heads * pieces;
-    size_t floats_each = (size_t)MOST_ROWS * (2 * a->size + longest + PANEL) + TILE * a->size;
-    int threads = works < a->threads ? (int)works : a->threads, failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    const long works = a->batch * a->kv_heads * pieces_of(a), packed = a->heads / a->kv_heads * a->rows;
+    long longest = 0;
+    for (long b = 0; b < a->batch; b++) longest = end_of(a, b, a->rows - 1) > longest ? end_of(a, b, a->rows - 1) : longest;
+    const int share = longest * (packed < MOST_ROWS ? packed : MOST_ROWS) >= WORTH;
+    const int threads = share || works >= a->threads ? a->threads : (int)works;
+    Room rooms[threads];
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
     {
-        float *room = scratch(floats_each);
-        failed |= room == NULL;
+        const int me = omp_get_thread_num(), of = omp_get_num_threads();
+        const long left = share ? works % of : 0;
+        rooms[me] = room_for(a, longest);
+        if (!rooms[me].scores) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+        if (!failed) {
+            specdec_scores_begin(a);
 #pragma omp for schedule(dynamic, 1)
-        for (long w = 0; w < works; w++) {
-            if (!room) continue;
-            long first = w % pieces * MOST_ROWS, left = packed - first;
-            long g = w / pieces % a->kv_heads, b = w / pieces / a->kv_heads;
-            long count = left < MOST_ROWS ? left : MOST_ROWS;
-            if (a->type == BFLOAT16) piece(a, BFLOAT16, b, g, first, count, room);
-            else piece(a, FLOAT32, b, g, first, count, room);
+            for (long w = 0; w < works - left; w++) {
+                const Piece p = piece_of(a, w);
+                alone(a, &p, rooms + me);
+            }
+            if (left) together(a, works - left, left, longest, rooms, rooms + me);
+            specdec_scores_end(a);
         }
     }
     return failed;

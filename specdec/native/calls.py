@@ -21,7 +21,7 @@ class AttentionCall(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("type", ctypes.c_int),
         ("threads", ctypes.c_int),
-        ("tiles", ctypes.c_int),
+        ("kind", ctypes.c_int),
     )  # fmt: skip
 
 

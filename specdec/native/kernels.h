@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+/* How bfloat16 is multiplied: widened, by AVX-512's pairs (heads divisible by 2), by AMX's tiles (by 32). */
+enum { BY_FLOATS = 0, BY_PAIRS = 1, BY_TILES = 2 };
+
 typedef struct {
     const void *query;        /* rows of [heads, size]; `query_step` elements from row to row */
     const void *keys, *values; /* [kv_heads, capacity, size] of the layer's slot 0 */
@@ -16,7 +19,7 @@ typedef struct {
     long batch, rows, heads, kv_heads, size, capacity, slot_step, query_step, request_step, tree_rows, offset, window;
     float scale;
     int type, threads;
-    int tiles; /* scores by AMX: bfloat16, heads of 32, 64, ... */
+    int kind; /* how scores are made */
 } Attention;
 
 typedef struct {
@@ -48,7 +51,15 @@ int specdec_linear(const float *x, const void *w, const float *bias, void *y, lo
 void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t *y, long rows, long blocks, long outputs,
                    int kind, int threads);
 int specdec_attention(const Attention *a);
-int specdec_attention_tiles(const Attention *a);
+
+/* Rows first..first+count of KV head `g` of request `b`, the heads of its group at one node, then at the next: turned, as
+ * scores are made of them. Room for as many rows, in whole vectors, of floats. */
+void specdec_turn(const Attention *a, long b, long g, long first, long count, void *turned);
+/* Scores [keys, wide] of turned queries with keys first..last; others are left alone. `room` is for 64 keys in floats. */
+void specdec_scores(const Attention *a, const void *keys, const void *turned, long first, long last, long wide,
+                    float *scores, void *room);
+void specdec_scores_begin(const Attention *a); /* by each thread, before its first and after its last scores */
+void specdec_scores_end(const Attention *a);
 void specdec_norm(const void *x, const void *weight, void *y, long rows, long width, float eps, int type, int threads);
 void specdec_gate(const void *x, void *y, long rows, long width, int type, int threads);
 void specdec_largest(const void *x, int64_t *places, long rows, long width, int type, int threads);

@@ -26,7 +26,7 @@ SOURCES = (
     "linear.c",
     "tiles.c",
     "attention.c",
-    "attention_tiles.c",
+    "scores.c",
     "elementwise.c",
     "layers.c",
     "largest.c",

@@ -19,7 +19,7 @@ from specdec.native.library import library
 
 PANEL = 16  # as in vectors.h
 PAIRS = 16  # of inputs in a block of tiles.c
-AMX = 2  # see `tiles_kind`
+AVX512 = 1  # see `tiles_kind`
 DTYPES = (torch.float32, torch.bfloat16)
 
 

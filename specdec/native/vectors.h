@@ -12,12 +12,18 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 12 /* rows whose sums fit the registers beside one panel */
+#define REGISTERS 32
+#define EACH_ROWS(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
 #elif defined(__AVX__)
 #define LANES 8
 #define ROWS 6
+#define REGISTERS 16
+#define EACH_ROWS(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
 #else
 #define LANES 4
 #define ROWS 4
+#define REGISTERS 16
+#define EACH_ROWS(OF) OF(1) OF(2) OF(3) OF(4)
 #endif
 #define PANEL 16 /* outputs side by side in packed weights, and what a head's size must divide by */
 #define PARTS (PANEL / LANES)
