@@ -67,15 +67,28 @@ INLINE void one_row(const Product *p, int type, long panel, long last) {
     for (; panel < last; panel++, w += step) block(p, w, type, NULL, 0, panel, 1, 1);
 }
 
-/* One panel of weights under all rows; the first block fetches what comes next. */
-INLINE void under_rows(const Product *p, const void *w, int type, const char *next, long rows, long panel) {
-#define UNDER(row, many) block(p, w, type, (row) ? NULL : next, row, panel, many, 1)
-    IN_ROWS(rows, UNDER);
-#undef UNDER
+/* A function for each number of rows that share a panel. */
+#define UNDER(rows)                                                                                                    \
+    static void under_##rows(const Product *p, const void *w, int type, const char *ahead, long row, long panel) {     \
+        if (type == BFLOAT16) block(p, w, BFLOAT16, ahead, row, panel, rows, 1);                                       \
+        else block(p, w, FLOAT32, ahead, row, panel, rows, 1);                                                         \
+    }
+EACH_ROWS(UNDER)
+#define ENTRY(rows) [rows] = under_##rows,
+static void (*const under[ROWS + 1])(const Product *p, const void *w, int type, const char *ahead, long row,
+                                     long panel) = {EACH_ROWS(ENTRY)};
+
+/* One panel of weights under all rows, in blocks of about as many; the first one fetches what comes next. */
+static void under_rows(const Product *p, const void *w, int type, const char *next, long rows, long panel) {
+    const long blocks = (rows + ROWS - 1) / ROWS;
+    for (long i = 0; i < blocks; i++) {
+        const long row = rows * i / blocks, below = rows * (i + 1) / blocks;
+        under[below - row](p, w, type, i ? NULL : next, row, panel);
+    }
 }
 
 /* Several rows share each panel; where they are many, narrow weights are widened once for all of them. */
-INLINE void few_rows(const Product *p, int type, long rows, long panel, long last, float *room) {
+static void few_rows(const Product *p, int type, long rows, long panel, long last, float *room) {
     const long weights = p->inputs * PANEL, step = weights * (type == BFLOAT16 ? 2 : 4);
     const char *w = (const char *)p->w + panel * step;
     for (; panel < last; panel++, w += step) {
@@ -86,11 +99,6 @@ INLINE void few_rows(const Product *p, int type, long rows, long panel, long las
             under_rows(p, w, type, w + step, rows, panel);
         }
     }
-}
-
-INLINE void panels_of(const Product *p, int type, long rows, long panel, long last, float *room) {
-    if (rows == 1) one_row(p, type, panel, last);
-    else few_rows(p, type, rows, panel, last, room);
 }
 
 /* Panels are dealt to threads in runs; rows in strips, so that their inputs stay near. Returns 1 without memory. */
@@ -108,8 +116,9 @@ int specdec_linear(const float *x, const void *w, const float *bias, void *y, lo
         for (long row = 0; row < rows && !failed; row += strip) {
             long many = rows - row < strip ? rows - row : strip;
             Product p = {x + row * inputs, w, bias, (char *)y + row * outputs * size, inputs, outputs, y_type};
-            if (weight_type == BFLOAT16) panels_of(&p, BFLOAT16, many, first, last, room);
-            else panels_of(&p, FLOAT32, many, first, last, room);
+            if (many > 1) few_rows(&p, weight_type, many, first, last, room);
+            else if (weight_type == BFLOAT16) one_row(&p, BFLOAT16, first, last);
+            else one_row(&p, FLOAT32, first, last);
         }
     }
     return failed;

@@ -38,24 +38,6 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 
-/* CALL(i, rows) over `count` rows, as many at a time as fit the registers; `rows` is a constant each time. */
-#define IN_ROWS(count, CALL)                                                                                           \
-    do {                                                                                                               \
-        long i = 0;                                                                                                    \
-        for (; i + ROWS <= (count); i += ROWS) CALL(i, ROWS);                                                          \
-        if (ROWS > 6 && i + 6 <= (count)) {                                                                            \
-            CALL(i, 6);                                                                                                \
-            i += 6;                                                                                                    \
-        }                                                                                                              \
-        switch ((count) - i) {                                                                                         \
-        case 5: CALL(i, 5); break;                                                                                     \
-        case 4: CALL(i, 4); break;                                                                                     \
-        case 3: CALL(i, 3); break;                                                                                     \
-        case 2: CALL(i, 2); break;                                                                                     \
-        case 1: CALL(i, 1); break;                                                                                     \
-        }                                                                                                              \
-    } while (0)
-
 INLINE floats load(const void *from, long at, int type) {
     if (type == FLOAT32) return *(const floats *)((const float *)from + at);
 #if defined(__AVX512F__) /* in one step: the compiler takes five */
