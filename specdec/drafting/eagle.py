@@ -131,7 +131,7 @@ class EagleDrafter:
 
         With neither floors nor prices in `shape`, nothing is read on the host.
         """
-        growth = growth_of(self.head.ids, shape)
+        growth = growth_of(self.head.ids, shape, self.head.dtype)
         frontier_y = growth.level(self.head.logits(y[:, None]), y[:, None])
         while growth.worth_another():
             frontier_y = growth.level(*self._step(context, growth, frontier_y))

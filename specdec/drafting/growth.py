@@ -75,15 +75,21 @@ class Growth:
             return False
         if self.shape.level_floor <= 0:
             return True
-        return bool(self.scores.exp().sum(dim=1).mean() >= self.shape.level_floor)
+        return self.promise() >= self.shape.level_floor
+
+    def promise(self) -> float:
+        """The path probability that the frontier holds, of a request."""
+        return float(self.scores.exp().sum(dim=1).mean())
 
     def finish(self, roots: Tensor) -> DraftTree:
         """The tree of the likeliest nodes that are worth their price."""
-        nodes = self.shape.nodes
-        if self.shape.prices:
-            scores = self.path_scores()
-            nodes = self.shape.worth(scores.topk(min(nodes - 1, scores.shape[1]), dim=1).values.exp())
+        nodes = self.worth() if self.shape.prices else self.shape.nodes
         return trees.root_only(roots) if nodes == 1 else self.tree(roots, nodes)
+
+    def worth(self) -> int:
+        """Nodes, the root included, that are worth their price: see `Shape.worth`."""
+        scores = self.path_scores()
+        return self.shape.worth(scores.topk(min(self.shape.nodes - 1, scores.shape[1]), dim=1).values.exp())
 
     def path_scores(self) -> Tensor:
         """float32 [B, C] of all candidates, level by level."""
@@ -95,15 +101,21 @@ class Growth:
         return trees.rerank(roots, tokens, parents, self.path_scores(), nodes)
 
 
-def growth_of(ids: Tensor, shape: Shape) -> Growth:
-    """The growth of a proposal of this shape: by fused kernels where they apply.
+def growth_of(ids: Tensor, shape: Shape, dtype: torch.dtype) -> Growth:
+    """The growth of a proposal of this shape: by fused or C kernels where they apply.
 
     Args:
         ids: int64 [Vd], target id of each draft-vocabulary entry.
+        dtype: of the draft logits.
     """
+    width = min(shape.width, len(ids))
     if available.runs(ids.device):
-        from specdec.drafting.fused_growth import FusedGrowth, fits
+        from specdec.drafting.fused_growth import FusedGrowth
+        from specdec.drafting.fused_growth import fits as fused_fits
 
-        if fits(min(shape.width, len(ids)), shape):
+        if fused_fits(width, shape):
             return FusedGrowth(ids, shape)
-    return Growth(ids, shape)
+    from specdec.drafting.native_growth import NativeGrowth
+    from specdec.drafting.native_growth import fits as native_fits
+
+    return NativeGrowth(ids, shape) if native_fits(ids, width, shape, dtype) else Growth(ids, shape)

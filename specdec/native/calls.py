@@ -1,4 +1,4 @@
-"""What the C kernels are called with: the structures of kernels.h and layers.c, field by field."""
+"""What the C kernels are called with: the structures of kernels.h, growth.c and layers.c, field by field."""
 
 from __future__ import annotations
 
@@ -47,6 +47,28 @@ class GradingCall(ctypes.Structure):
         ("kind", ctypes.c_int),
         ("threads", ctypes.c_int),
     )
+
+
+class LevelCall(ctypes.Structure):
+    """`Level`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("logits", "ids", "y", "scores", "at", "bits", "tokens", "parents", "paths",
+                                        "next_tokens", "next_at", "next_bits", "next_scores", "next_y")),
+        *((name, _WHOLE) for name in ("batch", "rows", "vocab", "width", "room", "count", "rows_before", "y_bytes")),
+        ("type", ctypes.c_int),
+        ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
+class ChoosingCall(ctypes.Structure):
+    """`Choosing`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("roots", "tokens", "parents", "paths", "next_tokens", "next_parents", "depths",
+                                        "ancestors", "scores")),
+        *((name, _WHOLE) for name in ("batch", "room", "count", "nodes")),
+    )  # fmt: skip
 
 
 class MatrixCall(ctypes.Structure):

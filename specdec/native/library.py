@@ -31,6 +31,7 @@ SOURCES = (
     "layers.c",
     "largest.c",
     "grading.c",
+    "growth.c",
 )
 HEADERS = ("vectors.h", "exponential.h", "kernels.h", "visible.h", "amx.h")
 # contraction gives one multiply-add the same rounding in every kernel; nothing else of IEEE is given up
@@ -138,6 +139,12 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_place.restype = None
     loaded.specdec_grade.argtypes = [pointer]
     loaded.specdec_grade.restype = small
+    loaded.specdec_level.argtypes = [pointer]
+    loaded.specdec_level.restype = ctypes.c_double
+    loaded.specdec_worth.argtypes = [pointer] * 2 + [whole] * 4
+    loaded.specdec_worth.restype = whole
+    loaded.specdec_choose.argtypes = [pointer]
+    loaded.specdec_choose.restype = None
     loaded.specdec_layers.argtypes = [pointer, whole, pointer]
     loaded.specdec_layers.restype = small
     return loaded

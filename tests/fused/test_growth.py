@@ -167,7 +167,7 @@ def proposals(device: str) -> list[str]:
         drafter.admit(0, prompt, features, 9)
         with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
             patch.setattr(available, "runs", lambda _, fused=fused: fused)
-            assert isinstance(growth_of(head.ids, Shape(3, 4, 12)), FusedGrowth) == fused
+            assert isinstance(growth_of(head.ids, Shape(3, 4, 12), head.dtype), FusedGrowth) == fused
             found.append(drafter.propose(Context(where, where + 9, where + 6), Shape(3, 4, 12)))
     return unlike(*found) + unequal(*found, ("levels",))
 
@@ -298,10 +298,10 @@ def test_two_launches_a_level_and_one_for_the_tree_and_nothing_read(monkeypatch:
 
 def test_what_the_kernels_cannot_grow_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, wide = torch.arange(50), Shape(2, growth.WIDEST + 1, 60)
-    assert type(growth_of(ids, replace(wide, width=4))) is Growth, "on a CPU torch grows"
+    assert not isinstance(growth_of(ids, replace(wide, width=4), torch.float32), FusedGrowth), "on a CPU"
     monkeypatch.setattr(available, "runs", lambda _: True)
-    assert isinstance(growth_of(ids, replace(wide, width=growth.WIDEST)), FusedGrowth)
-    assert type(growth_of(ids, wide)) is Growth
+    assert isinstance(growth_of(ids, replace(wide, width=growth.WIDEST), torch.float32), FusedGrowth)
+    assert not isinstance(growth_of(ids, wide, torch.float32), FusedGrowth)
 
 
 def test_importing_needs_no_triton() -> None:
