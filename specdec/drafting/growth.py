@@ -47,6 +47,7 @@ class Growth:
         first = self.depth == 0
         scores = log_probs.new_zeros(b, 1) if first else self.scores
         paths, frontier = trees.expand(scores, log_probs)
+        frontier = self._likely(frontier, paths)
         parent = torch.arange(rows, device=drafts.device).repeat_interleave(self.width).expand(b, -1)
         above = torch.full_like(parent, -1) if first else self.at.gather(1, parent)
         self.all_tokens.append(self.ids[drafts.flatten(1)])
@@ -55,6 +56,13 @@ class Growth:
         self._advance(frontier, parent.gather(1, frontier), paths, first)
         index = parent.gather(1, frontier)[..., None].expand(-1, -1, y.shape[-1])
         return y.gather(1, index)
+
+    def _likely(self, frontier: Tensor, paths: Tensor) -> Tensor:
+        """Those of the frontier, likeliest first, whose children may be worth their price, at least one."""
+        if self.shape.node_floor <= 0:
+            return frontier
+        likely = paths.gather(1, frontier).exp() >= self.shape.node_floor
+        return frontier[:, : max(int(likely.sum(dim=1).max()), 1)]
 
     def _advance(self, frontier: Tensor, parent_row: Tensor, paths: Tensor, first: bool) -> None:
         k = frontier.shape[1]

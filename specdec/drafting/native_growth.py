@@ -50,7 +50,7 @@ class NativeGrowth(Growth):
         k, first = self.width, self.depth == 0
         if first:
             self.found = Candidates.room(b, k, self.shape.depth)
-        self.rows_before = 0 if first else self.rows_before + k
+        self.rows_before = 0 if first else self.rows_before + rows
         logits, y = logits.contiguous(), y.contiguous()
         tokens, at, bits = torch.empty(3, b, k, dtype=torch.int64).unbind()
         scores, next_y = torch.empty(b, k), y.new_empty(b, k, y.shape[2])
@@ -60,17 +60,18 @@ class NativeGrowth(Growth):
             next_at=at.data_ptr(), next_bits=bits.data_ptr(), next_scores=scores.data_ptr(), next_y=next_y.data_ptr(),
             batch=b, rows=rows, vocab=vocab, width=k, room=self.found.tokens.shape[1], count=self.count,
             rows_before=self.rows_before, y_bytes=y.shape[2] * y.element_size(),
-            type=logits.dtype == torch.bfloat16, threads=torch.get_num_threads(),
+            floor=self.shape.node_floor, type=logits.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
         if not first:
             call.scores, call.at, call.bits = (x.data_ptr() for x in (self.scores, self.at, self.bits))
         self.held = kernels.specdec_level(ctypes.byref(call))
         if self.held < 0:
             raise MemoryError("no memory for the likeliest drafts")
-        self.tokens, self.scores, self.at, self.bits = tokens, scores, at, bits
+        found = (tokens, scores, at, bits)
+        self.tokens, self.scores, self.at, self.bits = (x[:, : call.likely].contiguous() for x in found)
         self.count += rows * k
         self.depth += 1
-        return next_y
+        return next_y[:, : call.likely]
 
     def promise(self) -> float:
         """See `Growth.promise`."""

@@ -55,7 +55,9 @@ class LevelCall(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("logits", "ids", "y", "scores", "at", "bits", "tokens", "parents", "paths",
                                         "next_tokens", "next_at", "next_bits", "next_scores", "next_y")),
-        *((name, _WHOLE) for name in ("batch", "rows", "vocab", "width", "room", "count", "rows_before", "y_bytes")),
+        *((name, _WHOLE) for name in ("batch", "rows", "vocab", "width", "room", "count", "rows_before", "y_bytes",
+                                      "likely")),
+        ("floor", ctypes.c_double),
         ("type", ctypes.c_int),
         ("threads", ctypes.c_int),
     )  # fmt: skip

@@ -19,6 +19,8 @@ typedef struct {
     float *next_scores;        /* [batch, width] */
     char *next_y;              /* [batch, width] of `y_bytes`, of each one's parent */
     long batch, rows, vocab, width, room, count, rows_before, y_bytes;
+    long likely;               /* told: how many of the new frontier, at least one, have children that may reach `floor` */
+    double floor;
     int type, threads;
 } Level;
 
@@ -43,8 +45,8 @@ INLINE void best(const float *scores, long count, long keep, long *places) {
     }
 }
 
-/* Children of request `b`; returns the probability that the new frontier holds. */
-static double grow(const Level *l, long b, const float *values, const int64_t *entries) {
+/* Children of request `b`, and the likeliest of them. */
+static void grow(Level *l, long b, const float *values, const int64_t *entries) {
     const long children = l->rows * l->width, from = b * l->room + l->count;
     float *paths = l->paths + from;
     for (long i = 0; i < children; i++) {
@@ -54,7 +56,6 @@ static double grow(const Level *l, long b, const float *values, const int64_t *e
         l->parents[from + i] = l->at ? l->at[row] : -1;
     }
     long places[64];
-    double held = 0;
     best(paths, children, l->width, places);
     for (long j = 0; j < l->width; j++) {
         const long to = b * l->width + j, row = b * l->rows + places[j] / l->width, bit = l->rows_before + j;
@@ -63,21 +64,23 @@ static double grow(const Level *l, long b, const float *values, const int64_t *e
         l->next_at[to] = l->count + places[j];
         l->next_bits[to] = (int64_t)((l->at ? (uint64_t)l->bits[row] : 0) | (bit < 64 ? (uint64_t)1 << bit : 0)); /* no level follows a full word */
         memcpy(l->next_y + to * l->y_bytes, l->y + row * l->y_bytes, (size_t)l->y_bytes);
-        held += exp((double)paths[places[j]]);
+        if (j >= l->likely && exp((double)paths[places[j]]) >= l->floor) l->likely = j + 1;
     }
-    return held;
 }
 
 /* Width at most 32, and what else `specdec_top` asks. Returns the probability that the new frontier holds, the mean of all
  * requests; -1 without memory. */
-double specdec_level(const Level *l) {
+double specdec_level(Level *l) {
     const long found = l->batch * l->rows * l->width;
     float *values = scratch((size_t)(3 * found + 16));
     if (!values) return -1;
     int64_t *entries = (int64_t *)(values + (found + 15) / 16 * 16);
     specdec_top(l->logits, values, entries, l->batch * l->rows, l->vocab, l->width, l->type, l->threads);
+    l->likely = 1;
+    for (long b = 0; b < l->batch; b++) grow(l, b, values, entries);
     double held = 0;
-    for (long b = 0; b < l->batch; b++) held += grow(l, b, values, entries);
+    for (long b = 0; b < l->batch; b++)
+        for (long j = 0; j < l->likely; j++) held += exp((double)l->next_scores[b * l->width + j]);
     return held / (double)l->batch;
 }
 
