@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+from specdec.native.library import why_not
+from specdec.native.linear import told
+
 RESULTS = Path(__file__).parent / "results"
 FOLDER_VARIABLE = "SPECDEC_RESULTS"
 PACKAGES = (
@@ -68,13 +71,16 @@ def _version(name: str) -> str | None:
 
 
 def _machine() -> str:
+    """The processor's name, and what of it our kernels use: a cloud's processors tell little more than their maker."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    kernels = "no C kernels" if why_not() else told()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.machine()
+        name = platform.machine()
+    return f"{name} ({kernels})"
 
 
 def digest(path: Path) -> str:
