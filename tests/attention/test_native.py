@@ -107,6 +107,26 @@ def test_a_node_gets_bit_by_bit_what_its_path_gets_alone(dtype: torch.dtype) -> 
         assert torch.equal(got[0, -1], together[0, node]), node
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nodes", [1, 40])
+def test_threads_change_nothing(nodes: int, dtype: torch.dtype) -> None:
+    """Three key heads, and for forty nodes three pieces each: two, four and five threads share what is left over."""
+    prefix = 1000
+    cache = KVCache(_cache(64, 3, dtype).shape, 1, prefix + 64)
+    cache.kv.normal_(generator=torch.Generator().manual_seed(1))
+    query = _query(1, nodes, 9, 64, dtype)
+    rows = tree_rows(torch.tensor([0]), torch.tensor([prefix]), _tree(1, nodes))
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4, 5):
+            torch.set_num_threads(threads)
+            attention = NativeAttention()
+            results.append(attention.attend(query, cache, 0, attention.plan(rows, cache, None), 0.125))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_requests_do_not_touch_each_other() -> None:
     cache = _cache(32, 2, torch.float32)
     slots, lengths = torch.tensor([0, 1, 2]), torch.tensor([200, 3, 64])
