@@ -36,7 +36,11 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_a
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#endif
 
 INLINE floats load(const void *from, long at, int type) {
     if (type == FLOAT32) return *(const floats *)((const float *)from + at);
