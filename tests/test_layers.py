@@ -21,6 +21,7 @@ FLOORS = (
     ("generate", "surplus"),
     ("server",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 VALUES = 1  # the floor whose parts may know each other, as long as no circle arises

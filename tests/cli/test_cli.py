@@ -295,3 +295,9 @@ def test_a_failing_answer_is_told_and_ends_with_code_one(run: Run, monkeypatch: 
     assert code == 1
     assert _rows(out)[0]["finish_reason"] == "error"
     assert "NaN" in err
+
+
+def test_the_package_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "specdec", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "specdec")
+    assert subprocess.run([sys.executable, "-m", "specdec", "serv"], capture_output=True).returncode == 2
