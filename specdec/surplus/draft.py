@@ -181,9 +181,9 @@ class HeadReader:
         # The row before the label's, at depth 1, has seen everything: what true features would have given.
         fresh = -(lumped_p.exp() * laws.fresh[label - 1].clamp_min(-1e4)).sum(-1)
         log_ratio, rank = self._came(document, at + j + 1, log_p, log_q, picks)
-        some = torch.arange(j % SAMPLE, len(at), SAMPLE)
+        some = torch.arange(len(at))[j % SAMPLE :: SAMPLE]
         law = (lumped_p[some], lumped_q[some], doc[some])
-        few = torch.arange(j % SPARSE, len(at), SPARSE)
+        few = torch.arange(len(at))[j % SPARSE :: SPARSE]
         states = (y[few].float().cpu(), document.final[at[few] + j].float(), doc[few])
         return DraftRows(
             j + 1, scores, fresh - scores.entropy, cut.coverage, log_ratio, rank, masses, law, states

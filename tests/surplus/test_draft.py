@@ -73,6 +73,16 @@ def test_rows_obey_what_must_hold(target: Target, head: DraftHead, work: Path) -
     assert aligned.rounds("sampled chain", ()).tau >= aligned.rounds("chain", ()).tau * 0.5
 
 
+@pytest.mark.parametrize("rows", range(1, 8))
+def test_a_document_may_have_few_rows(rows: int, target: Target, head: DraftHead, work: Path) -> None:
+    """Of an answer shorter than the draft is deep, or than one row in some is kept."""
+    document = captured(target, work, 1)[0]
+    end = document.start + rows
+    short = replace(document, ids=document.ids[:end], taps=document.taps[:end], final=document.final[:end])
+    read = reader(target, head, depths=6).read(short, 0)
+    assert [len(found.scores.alpha) for found in read] == list(range(rows - 1, max(rows - 7, 0), -1))
+
+
 def test_block_verification_keeps_at_least_what_the_token_rule_keeps(
     target: Target, head: DraftHead, work: Path
 ) -> None:
