@@ -62,7 +62,8 @@ static void grow(Level *l, long b, const float *values, const int64_t *entries) 
         l->next_tokens[to] = l->tokens[from + places[j]];
         l->next_scores[to] = paths[places[j]];
         l->next_at[to] = l->count + places[j];
-        l->next_bits[to] = (int64_t)((l->at ? (uint64_t)l->bits[row] : 0) | (bit < 64 ? (uint64_t)1 << bit : 0)); /* no level follows a full word */
+        const uint64_t own = bit < 64 ? (uint64_t)1 << bit : 0; /* no level follows a full word */
+        l->next_bits[to] = (int64_t)((l->at ? (uint64_t)l->bits[row] : 0) | own);
         memcpy(l->next_y + to * l->y_bytes, l->y + row * l->y_bytes, (size_t)l->y_bytes);
         if (j >= l->likely && exp((double)paths[places[j]]) >= l->floor) l->likely = j + 1;
     }

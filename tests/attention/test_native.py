@@ -21,7 +21,7 @@ ATOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 SLOTS, LENGTH = 3, 220
 
 
-@pytest.fixture(params=sorted({0, tiles_kind()}), autouse=True)
+@pytest.fixture(params=range(tiles_kind() + 1), autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bfloat16 as this processor multiplies it, and as one without tiles does."""
     monkeypatch.setattr("specdec.attention.native.tiles_kind", lambda: request.param)
