@@ -21,12 +21,32 @@ from torch.nn import functional as F
 
 from bench.ceilings import Ceiling, ceilings, layer_seconds
 from bench.record import append
-from specdec.fused.product import ROWS, Cut, Kind, Trial, candidates
+from specdec.fused.product import PROCESSORS, ROWS, Cut, Kind, Trial, candidates
 
 BLOCKS = (
     Cut(1, 2048, 4), Cut(2, 1024, 4), Cut(2, 2048, 8), Cut(4, 2048, 8), Cut(8, 1024, 8), Cut(2, 4096, 8),
     Cut(4, 4096, 8), Cut(1, 4096, 4), Cut(4, 512, 4), Cut(8, 512, 4),
 )  # fmt: skip
+
+
+TILES = ((32, 128, 4, 4), (64, 64, 4, 6), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4),
+         (128, 64, 8, 6), (128, 128, 8, 4), (256, 64, 8, 4), (256, 64, 8, 5))  # fmt: skip
+"""Of several rows: lines of the matrix, inputs of a step, warps, stages; inputs are split to fill a GPU."""
+ROOM = 227 * 1024  # bytes of shared memory that a multiprocessor of an H200 has
+
+
+def tiles(kind: Kind) -> list[Cut]:
+    """Cuts for several rows whose programs all run at once, by what shared memory holds."""
+    cuts = []
+    for lines, into, warps, stages in TILES:
+        held = ROOM // (stages * into * kind.dtype.itemsize * (lines + kind.rows))
+        blocks, most = -(-kind.lines // lines), PROCESSORS * min(max(held, 1), 4)
+        for splits in {1, max(1, min(8, most // blocks)), max(1, min(8, most // 2 // blocks))}:
+            out = lines // (2 if kind.paired else 1)
+            short = blocks * splits < PROCESSORS // 2 or kind.inputs // splits < 4 * into
+            if kind.outputs % out == 0 and (splits == 1 or not short) and blocks * splits >= 90:
+                cuts.append(Cut(out, into, warps, stages, splits))
+    return cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +73,11 @@ PRODUCTS = [*_layer("135m", 576, 192, 1536, 49152), *_layer("8b", 4096, 1024, 14
 
 
 def measure(
-    product: Product, blocks: Sequence[Cut], ceiling: Ceiling, device: torch.device,
+    product: Product, tried: bool, ceiling: Ceiling, device: torch.device,
     dtype: torch.dtype = torch.bfloat16, rows: int = 1,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row for cuBLAS with its company, one for each cut; on a CPU for the plain product alone."""
+    """One row for cuBLAS with its company, one for each cut (more of them where `tried`); on a CPU for the plain
+    product alone."""
     kind = Kind(
         product.inputs, product.outputs, dtype, device, product.norm, product.paired, product.plus, rows
     )
@@ -73,7 +94,8 @@ def measure(
     trial = Trial.of(kind)
     wanted, count = trial.theirs(0).double(), len(trial.weights)
     yield {**shared, "backend": "cublas", "us": layer_seconds(trial.theirs, count, device) * 1e6}
-    for cut in dict.fromkeys([*candidates(kind), *(blocks if rows == 1 else ())]):
+    more = [] if not tried else BLOCKS if rows == 1 else tiles(kind)
+    for cut in dict.fromkeys([*candidates(kind), *more]):
 
         def ours(index: int, cut: Cut = cut) -> Tensor:
             return trial.ours(index, cut)
@@ -98,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure all; exit code 1 where a result is wrong."""
     parser = argparse.ArgumentParser(prog="bench.products", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["135m", "8b"])
+    parser.add_argument("--products", nargs="+", default=["qkv", "out", "gate_up", "down", "head"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=ROWS)
     parser.add_argument(
         "--try-blocks", action="store_true", help="also other cuts than those a start-up tries"
@@ -107,9 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for product, count in itertools.product(PRODUCTS, args.rows):
-            if product.model in args.models:
-                blocks = BLOCKS if args.try_blocks else ()
-                fresh = list(measure(product, blocks, ceiling, device, rows=count))
+            if product.model in args.models and product.name in args.products:
+                fresh = list(measure(product, args.try_blocks, ceiling, device, rows=count))
                 append("kernels", fresh)
                 rows += fresh
     Console(width=140).print(table(rows))

@@ -117,7 +117,7 @@ def run_products(setting: Setting) -> None:
         products.main(["--try-blocks"])
         return
     size = products.Product("tiny", "down", 32, 16)
-    append("kernels", list(products.measure(size, (), setting.ceiling(), setting.place, setting.dtype)))
+    append("kernels", list(products.measure(size, False, setting.ceiling(), setting.place, setting.dtype)))
 
 
 def run_steps(setting: Setting) -> None:

@@ -42,3 +42,17 @@ def fetch_ahead(pointer, count, LANES: tl.constexpr):
             "=r,l,r", [pointer.to(tl.uint64, bitcast=True) + at.to(tl.uint64), size], dtype=tl.int32, is_pure=False,
             pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def fetch_lines_ahead(pointers, count):
+    """Bring `count` elements from each of the pointers on into the L2 cache; as `fetch_ahead`."""
+    if OVERLAPS:
+        size = tl.full(pointers.shape, 0, tl.int32) + count * (
+            pointers.dtype.element_ty.primitive_bitwidth // 8
+        )
+        tl.inline_asm_elementwise(
+            "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
+            " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [pointers.to(tl.uint64, bitcast=True), size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

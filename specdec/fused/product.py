@@ -29,17 +29,22 @@ SMALL = 2**24  # bytes of a matrix that costs more in launching and waiting than
 BESIDE = 32  # rows whose squares fit the registers beside their products; of more, the norm comes first
 SLACK = 1e-2  # between two roundings of one product; bfloat16's norms come to 0.006
 PART = 128  # inputs of one of the products that make up a step of all inputs
+FEWEST = 16  # rows that are cheap to read for every block of outputs
+SPLITS, STEPS = 8, 6  # of the inputs at most; of one program at least
+BLOCKS = 1024  # of outputs, at most, where inputs are split
+PROCESSORS = 132  # of an H100 or H200, where there is nothing to ask
 HELD = 2**16  # numbers that eight warps hold in registers; numbers of the rows that shared memory holds
 
 
 class Cut(NamedTuple):
     """Outputs of a program, inputs of a step, warps; and for several rows, steps under way: 0 takes all inputs at once,
-    in products of `into`."""
+    in products of `into`. `splits` programs share the inputs of their outputs."""
 
     out: int
     into: int
     warps: int
     stages: int = 0
+    splits: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,9 @@ class Kind:
         return self.lines * self.inputs * self.dtype.itemsize
 
 
-LARGE = (Cut(32, 128, 4, 4), Cut(64, 64, 4, 6), Cut(128, 64, 8, 4))  # for matrices that are read for long
+FEW = (Cut(32, 128, 4, 4), Cut(64, 64, 4, 6), Cut(128, 64, 8, 4))
+MANY = (Cut(128, 64, 8, 4), Cut(128, 64, 8, 4, 2), Cut(256, 64, 8, 4), Cut(64, 64, 4, 6, 2))
+"""For large matrices and up to 16 rows, or more: `out` in lines, and `splits` as programs of one multiprocessor."""
 _cuts: dict[Kind, Cut | None] = {}
 
 
@@ -110,8 +117,8 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.dtype.itemsize != 2 or kind.inputs % 8 or kind.lines * kind.inputs >= 2**31:
         return []
     if kind.nbytes > SMALL:
-        cuts = [cut._replace(out=cut.out // halves) for cut in LARGE]
-        return [cut for cut in cuts if kind.outputs % cut.out == 0]
+        cuts = [_filling(kind, cut, halves) for cut in (FEW if kind.rows <= FEWEST else MANY)]
+        return [cut for cut in dict.fromkeys(cuts) if kind.outputs % cut.out == 0]
     wide = 16 if kind.lines <= 2048 else 32 // halves
     if kind.outputs % wide:
         return []
@@ -121,6 +128,19 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.rows * room <= HELD and held <= 3 * HELD // 2:  # beyond, sixteen warps spill
         cuts.append(Cut(16, PART, 8 if held <= HELD else 16))
     return cuts
+
+
+def _filling(kind: Kind, cut: Cut, halves: int) -> Cut:
+    """A cut of lines as one of outputs, the inputs split until programs fill the device, all of them at once."""
+    blocks = -(-kind.lines // cut.out)
+    most = min(SPLITS, kind.inputs // (STEPS * cut.into), cut.splits * _processors(kind.device) // blocks)
+    return cut._replace(out=cut.out // halves, splits=max(1, most))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    there = torch.cuda.is_available()
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if there else PROCESSORS
 
 
 def _parts(inputs: int, into: int) -> int:
@@ -148,7 +168,7 @@ def product(
     lines, inputs = weight.shape
     outputs, rows = lines // (2 if paired else 1), x.numel() // inputs
     y = x.new_empty(*x.shape[:-1], outputs)
-    grid = (-(-outputs // cut.out),)
+    blocks = -(-outputs // cut.out)
     given = (x.contiguous(), weight, bias, None if plus is None else plus.contiguous(), factor, y)
     sizes = {
         "PAIRED": paired,
@@ -157,18 +177,30 @@ def product(
         "num_warps": cut.warps,
     } | launching()
     if rows == 1:
-        kernels.row_kernel[grid](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
+        kernels.row_kernel[(blocks,)](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
         return y
     sizes["BLOCK_ROWS"] = max(16, _enough(rows))
-    if factor is not None and cut.stages and rows > BESIDE:
+    if factor is not None and cut.stages and (rows > BESIDE or cut.splits > 1):
         given = (norm(x, factor, eps).contiguous(), *given[1:4], None, y)
     if cut.stages:
-        kernels.rows_kernel[grid](*given, rows, inputs, outputs, eps, STAGES=cut.stages, **sizes)
+        left: tuple[Tensor | None, ...] = (None, None)
+        if cut.splits > 1:
+            room = (cut.splits, sizes["BLOCK_ROWS"], lines)
+            left = (torch.empty(room, dtype=torch.float32, device=x.device), _turns(x.device))
+        kernels.rows_kernel[blocks, cut.splits](
+            *given, *left, rows, inputs, outputs, eps, STAGES=cut.stages, SPLITS=cut.splits, **sizes
+        )
     else:
-        kernels.whole_rows_kernel[grid](
+        kernels.whole_rows_kernel[(blocks,)](
             *given, rows, inputs, outputs, eps, PARTS=_parts(inputs, cut.into), **sizes
         )
     return y
+
+
+@functools.cache
+def _turns(device: torch.device) -> Tensor:
+    """Of blocks whose inputs are split: how many programs are done. Kernels leave zeros, and no two run at once."""
+    return torch.zeros(BLOCKS, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)

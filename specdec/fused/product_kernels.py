@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from specdec.fused.layer_kernels import activated
-from specdec.fused.overlap_kernels import fetch_ahead, wait_for_others
+from specdec.fused.overlap_kernels import fetch_ahead, fetch_lines_ahead, wait_for_others
 
-AHEAD = tl.constexpr(2**15)  # elements that one program fetches ahead at most
+AHEAD = tl.constexpr(2**15)  # elements of a matrix that one program fetches ahead whole
+FIRST = tl.constexpr(256)  # elements of every line it fetches ahead of a longer one
 
 
 @triton.jit
@@ -73,28 +74,34 @@ def row_kernel(
 
 @triton.jit
 def rows_kernel(
-    x, weight, bias, plus, factor, y, rows, inputs, outputs, eps,
+    x, weight, bias, plus, factor, y, partial, turns, rows, inputs, outputs, eps,
     PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """At most BLOCK_ROWS rows, in tensor cores: every program reads its rows of the matrix once, and all of x.
+    """At most BLOCK_ROWS rows, in tensor cores: every program reads its part of the matrix once, and as much of x.
 
-    Grid (blocks of outputs,); BLOCK_OUT divides `outputs`. A short matrix is fetched into the L2 cache before waiting;
-    of a long one, what the programs fetched would drive out each other's.
+    Grid (blocks of outputs, SPLITS of the inputs); BLOCK_OUT divides `outputs`. x is read once for every block, so that
+    large matrices want wide ones, and the inputs split to have enough: all but the last of a block's programs leave
+    their sums, float32, in partial [SPLITS, BLOCK_ROWS, lines], and the last adds all in their order. turns int32
+    [blocks] is zero before and after. No norm goes with splits.
+
+    A short matrix is fetched into the L2 cache before waiting, of a long one the first steps.
     """
-    first = tl.program_id(0) * BLOCK_OUT
-    ahead = tl.where(BLOCK_OUT * inputs <= AHEAD, BLOCK_OUT * inputs, 0)
-    fetch_ahead(weight + first.to(tl.int64) * inputs, ahead, 64)
-    if PAIRED:
-        fetch_ahead(weight + (outputs + first).to(tl.int64) * inputs, ahead, 64)
+    first, split = tl.program_id(0) * BLOCK_OUT, tl.program_id(1)
     out, row, column = first + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_IN)
+    share = tl.cdiv(tl.cdiv(inputs, BLOCK_IN), SPLITS) * BLOCK_IN
+    begin = split * share
+    end = tl.minimum(inputs, begin + share)
+    _fetch_block(weight, first, inputs, begin, end, BLOCK_OUT)
+    if PAIRED:
+        _fetch_block(weight, outputs + first, inputs, begin, end, BLOCK_OUT)
     there, alive = out < outputs, (row < rows)[:, None]
     matrix, pairs = weight + out[None, :] * inputs, weight + (outputs + out)[None, :] * inputs
     wait_for_others()
     squares = tl.zeros([BLOCK_ROWS, BLOCK_IN], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     beside = acc
-    for start in tl.range(0, inputs, BLOCK_IN, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
         at = start + column
         inside = at < inputs
         value = tl.load(x + row[:, None] * inputs + at[None, :], mask=alive & inside[None, :], other=0.0)
@@ -112,10 +119,49 @@ def rows_kernel(
         scale = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
         acc *= scale
         beside *= scale
+    last = True
+    if SPLITS > 1:
+        lines = outputs * 2 if PAIRED else outputs
+        spot, step = partial + row[:, None] * lines + out[None, :], BLOCK_ROWS * lines
+        tl.store(spot + split * step, acc)
+        if PAIRED:
+            tl.store(spot + split * step + outputs, beside)
+        tl.debug_barrier()
+        last = tl.atomic_add(turns + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            tl.store(turns + tl.program_id(0), 0)
+            acc, beside = _gathered(spot, step, SPLITS), _gathered(spot + outputs * PAIRED, step, SPLITS)
+        _finish(acc, beside, bias, plus, y, row, out, alive & there[None, :], outputs, PAIRED)
+
+
+@triton.jit
+def _fetch_block(weight, first, inputs, begin, end, BLOCK_OUT: tl.constexpr):
+    """Bring lines of the matrix from `first` on into the L2 cache: all of short ones, else how a share begins."""
+    if BLOCK_OUT * inputs <= AHEAD:
+        fetch_ahead(weight + first.to(tl.int64) * inputs, BLOCK_OUT * inputs, 64)
+    else:
+        line = first + tl.arange(0, BLOCK_OUT)
+        fetch_lines_ahead(weight + line.to(tl.int64) * inputs + begin, tl.minimum(end - begin, FIRST))
+
+
+@triton.jit
+def _gathered(spot, step, SPLITS: tl.constexpr):
+    """The sum of what all programs of a block have left, always in one order."""
+    total = tl.load(spot, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(spot + split * step, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _finish(acc, beside, bias, plus, y, row, out, kept, outputs, PAIRED: tl.constexpr):
+    """Bias, activation, residual; rounded and stored."""
+    there = out < outputs
     made = acc + _more(bias, out, there)[None, :]
     if PAIRED:
         made = _activated(made, beside + _more(bias, out + outputs, there)[None, :], y)
-    spot, kept = row[:, None] * outputs + out[None, :], alive & there[None, :]
+    spot = row[:, None] * outputs + out[None, :]
     _put(made, _more(plus, spot, kept), y, spot, kept)
 
 
@@ -146,12 +192,11 @@ def whole_rows_kernel(
         scale = tl.rsqrt(tl.sum(tl.sum(wide * wide, 2), 0) / inputs + eps)[:, None]
         by = tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
         value = (wide * by[:, None, :]).to(value.dtype)
-    made = tl.sum(tl.dot(value, block, input_precision="ieee"), 0) * scale + _more(bias, out, there)[None, :]
+    acc = tl.sum(tl.dot(value, block, input_precision="ieee"), 0) * scale
+    beside = acc
     if PAIRED:
         beside = tl.sum(tl.dot(value, pair, input_precision="ieee"), 0) * scale
-        made = _activated(made, beside + _more(bias, out + outputs, there)[None, :], y)
-    spot, kept = row[:, None] * outputs + out[None, :], alive[:, None] & there[None, :]
-    _put(made, _more(plus, spot, kept), y, spot, kept)
+    _finish(acc, beside, bias, plus, y, row, out, alive[:, None] & there[None, :], outputs, PAIRED)
 
 
 @triton.jit
