@@ -75,6 +75,33 @@ def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Ten
     return Rows(index, lengths, positions, ancestors, offset)
 
 
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Where the drafting levels of one round go when all are equally wide: found for all at once.
+
+    Attributes:
+        slots, lengths: int64 [B].
+        positions, indices: int64 [levels, B, K], RoPE positions and cache rows of the second level's nodes, the third
+            level's, ...: the first level costs no rows.
+    """
+
+    slots: Tensor
+    lengths: Tensor
+    positions: Tensor
+    indices: Tensor
+
+    @staticmethod
+    def of(slots: Tensor, lengths: Tensor, width: int, levels: int) -> Levels:
+        """Of so many levels with K = `width` nodes a request."""
+        row = torch.arange(levels * width, device=lengths.device).view(levels, 1, width)
+        return Levels(slots, lengths, row // width + lengths[:, None], row + lengths[:, None])
+
+    def rows(self, level: int, ancestors: Tensor) -> Rows:
+        """`level_rows` of one level, the first with rows being 0."""
+        index = RowIndex(self.slots, self.indices[level])
+        return Rows(index, self.lengths, self.positions[level], ancestors, level * self.indices.shape[2])
+
+
 class TreeAttention(Protocol):
     """An attention backend; chosen once per engine."""
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from specdec import tree as trees
 from specdec.accept import Verdict
-from specdec.attention.protocol import Rows, TreeAttention, chunk_rows, level_rows
+from specdec.attention.protocol import Levels, Rows, TreeAttention, chunk_rows, level_rows
 from specdec.cache import KVCache
 from specdec.drafting.growth import Growth, growth_of
 from specdec.drafting.protocol import Context, Shape
@@ -132,9 +132,16 @@ class EagleDrafter:
         With neither floors nor prices in `shape`, nothing is read on the host.
         """
         growth = growth_of(self.head.ids, shape, self.head.dtype)
+        levels = (
+            Levels.of(context.slots, context.lengths, growth.width, shape.depth - 1)
+            if context.fixed
+            else None
+        )
         frontier_y = growth.level(self.head.logits(y[:, None]), y[:, None])
         while growth.worth_another():
-            frontier_y = growth.level(*self._step(context, growth, frontier_y))
+            rows = _level(context, growth) if levels is None else levels.rows(growth.depth - 1, growth.bits)
+            frontier_y = self.forward(growth.tokens, self.head.feedback(frontier_y), rows)
+            frontier_y = growth.level(self.head.logits(frontier_y), frontier_y)
         return replace(growth.finish(context.roots), levels=growth.depth)
 
     def _sample_chain(self, context: Context, shape: Shape, y: Tensor) -> DraftTree:
@@ -158,17 +165,6 @@ class EagleDrafter:
             probs.append(full)
         chain = trees.chain(torch.stack(tokens, dim=1))
         return replace(chain, probs=torch.stack(probs, dim=1), levels=shape.depth)
-
-    def _step(self, context: Context, growth: Growth, parent_y: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the head over the frontier: tokens just drafted, features fed back from their parents."""
-        position = context.lengths + growth.depth - 1
-        k = growth.tokens.shape[1]
-        rows = level_rows(
-            context.slots, context.lengths, position[:, None].expand(-1, k), growth.bits, growth.rows_before,
-            spans=not context.fixed,
-        )  # fmt: skip
-        y = self.forward(growth.tokens, self.head.feedback(parent_y), rows)
-        return self.head.logits(y), y
 
     def forward(self, tokens: Tensor, g: Tensor, rows: Rows) -> Tensor:
         """The head over tokens int64 [B, n] and their fused or fed-back g [B, n, H]; y [B, n, H]."""
@@ -236,6 +232,12 @@ class EagleDrafter:
         self.last[where] = y[torch.arange(len(slots), device=tokens.device), last]
         for slot, count in zip(slots, counts, strict=True):
             self.lanes[slot].rows += count
+
+
+def _level(context: Context, growth: Growth) -> Rows:
+    """Where the frontier's rows go: tokens just drafted, behind those of the levels before."""
+    position = (context.lengths + growth.depth - 1)[:, None].expand_as(growth.tokens)
+    return level_rows(context.slots, context.lengths, position, growth.bits, growth.rows_before)
 
 
 def _joined(parts: list[Tensor] | None) -> Tensor | None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.fused.available import applies, launching, overlaps
+from specdec.fused.available import applies, launching, overlaps, power
 
 WIDEST = 16384  # one program holds a row
-GATE_BLOCK = 512
+GATE_BLOCK, LOOKUP_BLOCK = 512, 1024
 PLACED = 4  # heads of one program
 FETCHERS = 128  # programs that fetch what comes after attention
 SHARE = 0.6  # of the L2 cache that may be filled ahead
@@ -42,12 +42,43 @@ def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Te
     rows = x.contiguous()
     width = x.shape[-1]
     y = torch.empty_like(rows) if out is None else out
-    block = 1 << (width - 1).bit_length()
-    warps = min(max(block // 512, 1), 8)
     _kernels().norm_kernel[(rows.numel() // width,)](
-        rows, weight, y, width, y.stride(-2) if y.dim() > 1 else width, eps,
-        BLOCK=block, num_warps=warps, **launching(),
-    )  # fmt: skip
+        rows,
+        weight,
+        y,
+        width,
+        y.stride(-2) if y.dim() > 1 else width,
+        eps,
+        **_whole_row(width),
+        **launching(),
+    )
+    return y
+
+
+def two_norms(x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, eps: float) -> Tensor:
+    """Two tensors of one shape [..., W] through a norm each, side by side: [..., 2W]."""
+    x, other = x.contiguous(), other.contiguous()
+    width = x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], 2 * width)
+    _kernels().two_norms_kernel[(x.numel() // width, 2)](
+        x, weight, other, other_weight, y, width, eps, **_whole_row(width), **launching()
+    )
+    return y
+
+
+def _whole_row(width: int) -> dict[str, int]:
+    """What kernels that take a row at once are cut in."""
+    block = power(1, width)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
+
+
+def lookup(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows of a dense table [V, W] by tokens int64 [...]: [..., W]. A token out of range reads what it should not."""
+    width = table.shape[1]
+    y = table.new_empty(*tokens.shape, width)
+    _kernels().lookup_kernel[(tokens.numel(), -(-width // LOOKUP_BLOCK))](
+        tokens.contiguous(), table, y, width, BLOCK=LOOKUP_BLOCK, num_warps=4, **launching()
+    )
     return y
 
 

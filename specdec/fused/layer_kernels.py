@@ -18,7 +18,25 @@ from specdec.fused.overlap_kernels import fetch_ahead, wait_for_others
 def norm_kernel(x, weight, y, width, y_row, eps, BLOCK: tl.constexpr):
     """One row: x / sqrt(mean(x^2) + eps), rounded, times weight. x [R, width] dense; rows of y lie y_row apart."""
     wait_for_others()
+    _norm(x, weight, y, tl.program_id(0).to(tl.int64), width, y_row, eps, BLOCK)
+
+
+@triton.jit
+def two_norms_kernel(x, weight, other, other_weight, y, width, eps, BLOCK: tl.constexpr):
+    """One row of x or of other, each [R, width] dense, by its own norm, to its half of y [R, 2 * width].
+
+    Grid (R, 2).
+    """
+    wait_for_others()
     row = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _norm(x, weight, y, row, width, 2 * width, eps, BLOCK)
+    else:
+        _norm(other, other_weight, y + width, row, width, 2 * width, eps, BLOCK)
+
+
+@triton.jit
+def _norm(x, weight, y, row, width, y_row, eps, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0)
@@ -27,6 +45,15 @@ def norm_kernel(x, weight, y, width, y_row, eps, BLOCK: tl.constexpr):
     scaled = (wide * scale).to(value.dtype).to(tl.float32)
     factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * y_row + at, (scaled * factor).to(value.dtype), mask=inside)
+
+
+@triton.jit
+def lookup_kernel(tokens, table, y, width, BLOCK: tl.constexpr):
+    """A block of one token's row of table [V, width]. Grid (tokens, blocks). tokens int64 [R], y [R, width], dense."""
+    wait_for_others()
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(table + tl.load(tokens + row) * width + at, mask=at < width, other=0.0)
+    tl.store(y + row * width + at, value, mask=at < width)
 
 
 @triton.jit

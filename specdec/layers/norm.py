@@ -37,6 +37,8 @@ def normed(norms: Sequence[RMSNorm], parts: Sequence[Tensor]) -> Tensor:
         n.weight.dtype == x.dtype and fused.can_norm(x, n.width) for n, x in zip(norms, parts, strict=True)
     ):
         return torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+    if len(norms) == 2 and norms[0].width == norms[1].width and norms[0].eps == norms[1].eps:
+        return fused.two_norms(parts[0], norms[0].weight, parts[1], norms[1].weight, norms[0].eps)
     widths = [norm.width for norm in norms]
     out = parts[0].new_empty(*parts[0].shape[:-1], sum(widths))
     for norm, part, place in zip(norms, parts, torch.split(out, widths, dim=-1), strict=True):

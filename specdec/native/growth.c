@@ -77,7 +77,7 @@ double specdec_level(Level *l) {
     if (!values) return -1;
     int64_t *entries = (int64_t *)(values + (found + 15) / 16 * 16);
     specdec_top(l->logits, values, entries, l->batch * l->rows, l->vocab, l->width, l->type, l->threads);
-    l->likely = 1;
+    l->likely = l->floor > 0 ? 1 : l->width; /* what is no number reaches no floor, but there is none */
     for (long b = 0; b < l->batch; b++) grow(l, b, values, entries);
     double held = 0;
     for (long b = 0; b < l->batch; b++)

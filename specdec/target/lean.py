@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from specdec.attention.protocol import Rows, TreeAttention
 from specdec.cache import CacheShape, KVCache
 from specdec.errors import UnsupportedError
+from specdec.layers.embedding import embedded
 from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
 from specdec.layers.norm import RMSNorm
@@ -199,7 +199,7 @@ class LeanDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
         """tokens int64 [B, N] at `rows`; writes `cache`; returns final states and the taps."""
-        x = F.embedding(tokens, self.embedding)
+        x = embedded(tokens, self.embedding)
         step = Step(rows, cache, self.attention, Angles(self.rope(), rows.positions))
         plans = {w: self.attention.plan(rows, cache, w) for w in set(self.config.windows)}
         features = x.new_empty(*x.shape[:2], len(taps) * self.config.hidden)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from specdec.attention.choose import Choice, choose_attention
@@ -20,6 +19,7 @@ from specdec.attention.protocol import Rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.errors import CheckpointError, UnsupportedError
+from specdec.layers.embedding import embedded
 from specdec.memory import free_bytes, gib, tensor_bytes
 from specdec.target.fingerprint import fingerprint
 from specdec.target.lean import LeanConfig, LeanDecoder
@@ -64,7 +64,7 @@ class LeanTarget:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings [..., H]."""
-        return F.embedding(tokens, self.decoder.embedding)
+        return embedded(tokens, self.decoder.embedding)
 
     def output_embedding(self) -> Tensor:
         """The LM head's matrix, a float32 copy [V, H]; unpacked on the fly, so that it is not held twice."""

@@ -106,6 +106,7 @@ def test_sick_logits_leave_trees_whichever(bad: float) -> None:
     for given in (logits, torch.full_like(logits, bad)):
         growth = NativeGrowth(torch.arange(50), Shape(2, 4, 9))
         y = growth.level(given, given.new_zeros(1, 1, 20))
+        assert growth.tokens.shape == (1, 4), "without a floor levels are equally wide"
         growth.level(given.expand(1, 4, 50), y)
         tree = growth.finish(torch.tensor([1]))
         same(trees.build(tree.tokens, tree.parents, scores=tree.scores), tree)

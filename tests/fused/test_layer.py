@@ -55,6 +55,18 @@ def norm_case(width: int, dtype: torch.dtype) -> float:
     return max(off(layer.norm(x, weight, 1e-5), wanted), off(wide[..., width : 2 * width], wanted))
 
 
+def two_norms_case(width: int, dtype: torch.dtype) -> float:
+    x, other = (draw(2, 3, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight, other_weight = (draw(width, dtype=dtype, seed=seed) for seed in (2, 3))
+    got = layer.two_norms(x, weight, other.transpose(0, 1).contiguous().transpose(0, 1), other_weight, 1e-5)
+    return off(got, torch.cat([plain_norm(x, weight), plain_norm(other, other_weight)], dim=-1))
+
+
+def lookup_case(width: int, dtype: torch.dtype) -> float:
+    table, tokens = draw(9, width, dtype=dtype), torch.tensor([[8, 0, 3], [3, 1, 8]], device=PLACE)
+    return off(layer.lookup(tokens[:, ::2], table), F.embedding(tokens[:, ::2], table))
+
+
 def gate_case(width: int, dtype: torch.dtype) -> float:
     x = draw(3, 2 * width, dtype=dtype)
     a, b = x.chunk(2, dim=-1)
@@ -109,6 +121,11 @@ CASES: dict[str, Callable[[], float]] = {
     "norm": lambda: norm_case(64, F32),
     "norm, odd width": lambda: norm_case(100, F32),
     "norm, half": lambda: norm_case(576, HALF),
+    "two norms": lambda: two_norms_case(100, F32),
+    "two norms, half": lambda: two_norms_case(576, HALF),
+    "lookup": lambda: lookup_case(40, F32),
+    "lookup, blocks": lambda: lookup_case(2100, F32),
+    "lookup, half": lambda: lookup_case(576, HALF),
     "gate": lambda: gate_case(96, F32),
     "gate, blocks": lambda: gate_case(700, F32),
     "gate, half": lambda: gate_case(96, HALF),
@@ -177,7 +194,10 @@ def compiled(
     """What the assembler for sm_90 says of a kernel in bfloat16."""
     constants = constants | dict.fromkeys(absent)
     kinds = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(NUMBERS, "i32") | {"eps": "fp32"}
-    kinds |= dict.fromkeys(("slots", "indices", "positions"), "*i64") | {"partial": "*fp32", "turns": "*i32"}
+    kinds |= dict.fromkeys(("slots", "indices", "positions", "tokens"), "*i64") | {
+        "partial": "*fp32",
+        "turns": "*i32",
+    }
     even = [name for name in kernel.arg_names if name not in {*constants, "eps", "rows"}]
     return assembled(kernel, kinds, constants, even, {"num_warps": warps}, folder)
 
@@ -219,11 +239,18 @@ def test_products_of_few_rows_keep_to_registers(
 
 def test_small_kernels_compile_for_sm_90(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    from specdec.fused.layer_kernels import gate_kernel, norm_kernel, place_kernel
+    from specdec.fused.layer_kernels import (
+        gate_kernel,
+        lookup_kernel,
+        norm_kernel,
+        place_kernel,
+        two_norms_kernel,
+    )
 
     places = {"TURNED": 40, "QUERIES": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HEADS": 4, "BLOCK_HALF": 64,
               "BLOCKS": 12, "FETCHERS": 2}  # fmt: skip
     for kernel, constants, warps in ((norm_kernel, {"BLOCK": 4096}, 8), (gate_kernel, {"BLOCK": 512}, 4),
+                                     (two_norms_kernel, {"BLOCK": 4096}, 8), (lookup_kernel, {"BLOCK": 1024}, 4),
                                      (place_kernel, places, 2)):  # fmt: skip
         report = compiled(kernel, constants, warps, tmp_path)
         assert spilled(report) == (0, 0), report
