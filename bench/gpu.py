@@ -38,8 +38,8 @@ from specdec.target.loading import resolve
 from specdec.target.store import sha256_of
 
 PLAN = (
-    ("ceilings", 40), ("choice", 60), ("steps", 110), ("greedy", 45), ("speed", 80), ("sweep", 130), ("kernels", 150),
-    ("memcheck", 60), ("replay", 90), ("round", 60), ("profile", 60), ("products", 60), ("tests", 60),
+    ("ceilings", 40), ("compile", 150), ("choice", 60), ("steps", 110), ("greedy", 45), ("speed", 80), ("sweep", 130),
+    ("kernels", 150), ("memcheck", 60), ("replay", 90), ("round", 60), ("profile", 60), ("products", 90), ("tests", 60),
 )  # fmt: skip
 """Stages in the order of what matters most, with the seconds each may take."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import kernels, products, speed, steps
+from bench import kernels, products, speed, steps, warm
 from bench import sweep as sweeps
 from bench.ceilings import Ceiling, ceilings
 from bench.kernels import Point
@@ -95,6 +96,15 @@ def run_ceilings(setting: Setting) -> None:
     note("ceiling", asdict(setting.ceiling()))
 
 
+def run_compile(setting: Setting) -> None:
+    """Fill Triton's cache by all cores, before anything is timed."""
+    jobs = warm.commands() if not setting.smoke else [("bench.ceilings",), ("bench.missing",)]
+    start = time.monotonic()
+    told = warm.run(jobs)
+    note("compile", {"seconds": round(time.monotonic() - start, 1), "jobs": len(jobs),
+                     "failed": {" ".join(job): how for job, how in told.items() if how != "done"}})  # fmt: skip
+
+
 def run_kernels(setting: Setting) -> None:
     """Tree attention: triton, flash, flex and SDPA at three lengths, three batches, N 16 to 64."""
     if not setting.smoke:
@@ -112,9 +122,9 @@ def run_kernels(setting: Setting) -> None:
 
 
 def run_products(setting: Setting) -> None:
-    """A layer's products for one row, ours against cuBLAS."""
+    """A layer's products for one row and more, ours against cuBLAS."""
     if not setting.smoke:
-        products.main(["--try-blocks"])
+        products.main(["--try-blocks", "--rows", "1", "16", "32", "64"])
         return
     size = products.Product("tiny", "down", 32, 16)
     append("kernels", list(products.measure(size, False, setting.ceiling(), setting.place, setting.dtype)))
@@ -255,9 +265,9 @@ def run_choice(setting: Setting) -> None:
 
 
 STAGES: dict[str, Callable[[Setting], None]] = {
-    "ceilings": run_ceilings, "choice": run_choice, "steps": run_steps, "speed": run_speed, "round": run_round,
-    "greedy": run_greedy, "kernels": run_kernels, "products": run_products, "sweep": run_sweep, "replay": run_replay,
-    "profile": run_profile, "touch": run_touch,
+    "ceilings": run_ceilings, "compile": run_compile, "choice": run_choice, "steps": run_steps, "speed": run_speed,
+    "round": run_round, "greedy": run_greedy, "kernels": run_kernels, "products": run_products, "sweep": run_sweep,
+    "replay": run_replay, "profile": run_profile, "touch": run_touch,
 }  # fmt: skip
 
 

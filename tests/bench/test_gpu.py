@@ -33,10 +33,11 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 ROWS = {
-    "ceilings": ("gpu", "bytes"), "choice": ("gpu", "picked"), "steps": ("steps", "plain_ms"),
-    "speed": ("speed", "over_transformers"), "round": ("gpu", "ms_per_round"), "greedy": ("gpu", "divergences"),
-    "kernels": ("kernels", "us"), "sweep": ("sweep", "over_plain"), "replay": ("sweep", "profile"),
-    "products": ("kernels", "inputs"), "profile": ("gpu", "per_layer"), "touch": ("gpu", "relative_error"),
+    "ceilings": ("gpu", "bytes"), "compile": ("gpu", "failed"), "choice": ("gpu", "picked"),
+    "steps": ("steps", "plain_ms"), "speed": ("speed", "over_transformers"), "round": ("gpu", "ms_per_round"),
+    "greedy": ("gpu", "divergences"), "kernels": ("kernels", "us"), "sweep": ("sweep", "over_plain"),
+    "replay": ("sweep", "profile"), "products": ("kernels", "inputs"), "profile": ("gpu", "per_layer"),
+    "touch": ("gpu", "relative_error"),
 }  # fmt: skip
 
 
