@@ -14,11 +14,11 @@
 #define MOST_ROWS 48 /* packed query rows of one piece of work: three tiles */
 #define NEARBY 64    /* keys that stay near while all rows of a piece meet their values */
 #define AHEAD 32     /* keys behind those at work whose values are fetched */
-#define WORTH 2048   /* scores of a piece from which threads that had no piece of their own take a share of it */
+#define WORTH 4096   /* scores of a piece from which threads that had no piece of their own take a share of it */
 #define LINE_BYTES 64
 
 /* Packed rows first..first+count of KV head `g` of request `b`: the heads of its group at one node, then at the next. They
- * see keys up to `total`; `wide` is `count` in whole vectors. */
+ * see keys up to `total`; `wide` is `count` in whole vectors, or FOUR, with a vector for several keys. */
 typedef struct {
     long b, g, first, count, wide, total;
     const char *keys, *values;
@@ -38,7 +38,7 @@ static Piece piece_of(const Attention *a, long number) {
     Piece p = {.b = number / pieces / a->kv_heads, .g = number / pieces % a->kv_heads, .first = number % pieces * MOST_ROWS};
     const long left = groups * a->rows - p.first, place = a->slots[p.b] * a->slot_step + p.g * a->capacity * a->size;
     p.count = left < MOST_ROWS ? left : MOST_ROWS;
-    p.wide = (p.count + LANES - 1) / LANES * LANES;
+    p.wide = p.count <= FOUR && a->kind != BY_TILES ? FOUR : (p.count + LANES - 1) / LANES * LANES;
     p.total = end_of(a, p.b, (p.first + p.count - 1) / groups);
     p.keys = (const char *)a->keys + place * bytes;
     p.values = (const char *)a->values + place * bytes;
@@ -49,25 +49,60 @@ static void score(const Attention *a, const Piece *p, long first, long last, con
     specdec_scores(a, p->keys, to->turned, first, last, p->wide, to->scores, mine->near);
 }
 
+INLINE floats larger(floats one, floats other) {
+    const ints more = other > one;
+    return (floats)(((ints)other & more) | ((ints)one & ~more));
+}
+
+/* A largest score to take from the others. Only numbers can be compared: what is none must stay so. */
+INLINE floats peak(floats top) {
+    const ints none = top == -INFINITY;
+    return (floats)((ints)top | (none & 0x7fc00000));
+}
+
 /* Turn the scores of a vector of rows, from row `i` on, into weights in place, and add up those of each. */
 static void soften(const Attention *a, const Piece *p, long i, const Room *room) {
-    const long groups = a->heads / a->kv_heads, wide = p->wide;
+    const long wide = p->wide;
     float *scores = room->scores + i;
-    for (long r = 0; r < LANES && i + r < p->count; r++) hide(a, p->b, (p->first + i + r) / groups, scores + r, p->total, wide);
     floats top = (floats){0} - INFINITY, sum = {0};
-    for (long j = 0; j < p->total; j++) {
-        floats x = *(floats *)(scores + j * wide);
-        ints more = x > top;
-        top = (floats)(((ints)x & more) | ((ints)top & ~more));
-    }
-    ints none = top == -INFINITY; /* only numbers can be compared: what is none must stay so */
-    top = (floats)((ints)top | (none & 0x7fc00000));
+    for (long j = 0; j < p->total; j++) top = larger(top, *(floats *)(scores + j * wide));
+    top = peak(top);
     for (long j = 0; j < p->total; j++) {
         floats *x = (floats *)(scores + j * wide);
         *x = exponential((*x - top) * a->scale);
         sum += *x;
     }
     *(floats *)(room->sums + i) = sum;
+}
+
+typedef float four __attribute__((vector_size(4 * FOUR), aligned(4), may_alias));
+
+/* The same for four rows, a vector of keys at a time; weights are still added key by key. */
+static void soften_fours(const Attention *a, const Piece *p, const Room *room) {
+    const long end = (p->total * FOUR + LANES - 1) / LANES * LANES;
+    float *scores = room->scores, highest[LANES];
+    four sums = {0};
+    for (long j = p->total * FOUR; j < end; j++) scores[j] = -INFINITY;
+    floats top = (floats){0} - INFINITY;
+    for (long j = 0; j < end; j += LANES) top = larger(top, *(floats *)(scores + j));
+    *(floats *)highest = top;
+    for (long j = FOUR; j < LANES; j++) highest[j % FOUR] = highest[j] > highest[j % FOUR] ? highest[j] : highest[j % FOUR];
+    for (long j = FOUR; j < LANES; j++) highest[j] = highest[j % FOUR];
+    top = peak(*(floats *)highest);
+    for (long j = 0; j < end; j += LANES) {
+        floats *x = (floats *)(scores + j);
+        *x = exponential((*x - top) * a->scale);
+        UNROLL for (int k = 0; k < LANES; k += FOUR) sums += *(four *)(scores + j + k);
+    }
+    memcpy(room->sums, &sums, sizeof sums);
+}
+
+static void hide_and_soften(const Attention *a, const Piece *p, long i, const Room *room) {
+    const long groups = a->heads / a->kv_heads;
+    for (long r = i; r < p->count && r < i + LANES; r++)
+        hide(a, p->b, (p->first + r) / groups, room->scores + r, p->total, p->wide);
+    if (p->wide < LANES) soften_fours(a, p, room);
+    else soften(a, p, i, room);
 }
 
 /* Values by weights: `weights` and `out` are those of the first row, `values` of the first key; numbers first..last of a
@@ -145,9 +180,9 @@ static void weigh(const Attention *a, const Piece *p, long first, long last, con
 
 /* One thread does all of a piece. */
 static void alone(const Attention *a, const Piece *p, const Room *room) {
-    specdec_turn(a, p->b, p->g, p->first, p->count, room->turned);
+    specdec_turn(a, p->b, p->g, p->first, p->count, p->wide, room->turned);
     score(a, p, 0, p->total, room, room);
-    for (long i = 0; i < p->wide; i += LANES) soften(a, p, i, room);
+    for (long i = 0; i < p->wide; i += LANES) hide_and_soften(a, p, i, room);
     weigh(a, p, 0, a->size, room);
 }
 
@@ -159,7 +194,7 @@ static void together(const Attention *a, long first, long left, long longest, co
 #pragma omp for schedule(static)
     for (long w = 0; w < left; w++) {
         const Piece p = piece_of(a, first + w);
-        specdec_turn(a, p.b, p.g, p.first, p.count, rooms[w].turned);
+        specdec_turn(a, p.b, p.g, p.first, p.count, p.wide, rooms[w].turned);
     }
 #pragma omp for schedule(static)
     for (long w = 0; w < left * runs; w++) {
@@ -170,7 +205,7 @@ static void together(const Attention *a, long first, long left, long longest, co
 #pragma omp for schedule(static)
     for (long w = 0; w < left * strips; w++) {
         const Piece p = piece_of(a, first + w / strips);
-        if (w % strips * LANES < p.wide) soften(a, &p, w % strips * LANES, rooms + w / strips);
+        if (w % strips * LANES < p.wide) hide_and_soften(a, &p, w % strips * LANES, rooms + w / strips);
     }
 #pragma omp for schedule(static)
     for (long w = 0; w < left * lines; w++) {
@@ -182,7 +217,7 @@ static void together(const Attention *a, long first, long left, long longest, co
 
 /* Rooms have to hold so many keys. Returns one of NULLs without memory. */
 static Room room_for(const Attention *a, long keys) {
-    const long heads = MOST_ROWS * a->size, scores = MOST_ROWS * keys, near = NEARBY * a->size;
+    const long heads = MOST_ROWS * a->size, scores = MOST_ROWS * keys, near = (NEARBY + LANES / FOUR) * a->size;
     float *all = scratch((size_t)(2 * heads + scores + MOST_ROWS + near));
     if (!all) return (Room){0};
     return (Room){all, all + heads, all + heads + scores, all + heads + scores + MOST_ROWS,

@@ -44,6 +44,8 @@ typedef struct {
     int type, kind, threads;
 } Grading;
 
+#define FOUR 4 /* rows that stand side by side with those of the next keys, where there are no more */
+
 #define FEW 4 /* rows that one thread is done with before another has begun */
 
 int specdec_linear(const float *x, const void *w, const float *bias, void *y, long rows, long inputs, long outputs,
@@ -53,9 +55,10 @@ void specdec_tiles(const uint16_t *x, const void *w, const float *bias, uint16_t
 int specdec_attention(const Attention *a);
 
 /* Rows first..first+count of KV head `g` of request `b`, the heads of its group at one node, then at the next: turned, as
- * scores are made of them. Room for as many rows, in whole vectors, of floats. */
-void specdec_turn(const Attention *a, long b, long g, long first, long count, void *turned);
-/* Scores [keys, wide] of turned queries with keys first..last; others are left alone. `room` is for 64 keys in floats. */
+ * scores `wide` rows a key are made of them. Room for as many rows, in whole vectors, of floats. */
+void specdec_turn(const Attention *a, long b, long g, long first, long count, long wide, void *turned);
+/* Scores [keys, wide] of turned queries with keys first..last; others are left alone, but that where `wide` is FOUR keys
+ * come by vectors, and what is beyond the last of them is written, too. `room` is for 64 keys and a vector's in floats. */
 void specdec_scores(const Attention *a, const void *keys, const void *turned, long first, long last, long wide,
                     float *scores, void *room);
 void specdec_scores_begin(const Attention *a); /* by each thread, before its first and after its last scores */

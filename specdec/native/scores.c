@@ -19,33 +19,43 @@
 #define AHEAD 32  /* keys behind those at work that are fetched */
 #define LINE_WORDS 16
 
-void specdec_turn(const Attention *a, long b, long g, long first, long count, void *turned) {
+void specdec_turn(const Attention *a, long b, long g, long first, long count, long wide, void *turned) {
     const long groups = a->heads / a->kv_heads, size = a->size, strips = (count + LANES - 1) / LANES;
+    const long copies = wide < LANES ? LANES / wide : 1; /* of a row, for as many keys */
     uint16_t *pairs = turned;
     float *numbers = turned;
     memset(turned, 0, (size_t)(strips * LANES * size) * (a->kind == BY_FLOATS ? sizeof *numbers : sizeof *pairs));
-    for (long i = 0; i < count; i++) {
-        const long n = (first + i) / groups, head = g * groups + (first + i) % groups;
-        const long from = b * a->request_step + n * a->query_step + head * size, to = i / LANES * LANES * size;
+    for (long lane = 0; lane < copies * wide; lane++) {
+        const long i = lane % wide, n = (first + i) / groups, head = g * groups + (first + i) % groups;
+        const long from = b * a->request_step + n * a->query_step + head * size, to = lane / LANES * LANES * size;
+        if (i >= count) continue;
         if (a->kind == BY_FLOATS) {
-            for (long d = 0; d < size; d++) numbers[to + d * LANES + i % LANES] = entry(a->query, from + d, a->type);
+            for (long d = 0; d < size; d++) numbers[to + d * LANES + lane % LANES] = entry(a->query, from + d, a->type);
         } else {
             for (long d = 0; d < size; d += 2)
-                memcpy(pairs + to + d * LANES + i % LANES * 2, (const uint16_t *)a->query + from + d, 4);
+                memcpy(pairs + to + d * LANES + lane % LANES * 2, (const uint16_t *)a->query + from + d, 4);
         }
     }
 }
 
-/* total + queries . key: four bytes of the key, a float or a pair, and so many of each query. */
-INLINE floats added(floats total, floats queries, uint32_t key, const int kind) {
+/* total + queries . keys: four bytes, a float or a pair, of each. */
+INLINE floats added(floats total, floats queries, floats keys, const int kind) {
 #if defined(__AVX512BF16__)
-    if (kind == BY_PAIRS)
-        return (floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)queries, (__m512bh)_mm512_set1_epi32((int)key));
+    if (kind == BY_PAIRS) return (floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)queries, (__m512bh)keys);
 #endif
     (void)kind;
+    return total + queries * keys;
+}
+
+/* Four bytes of one key, for all rows. */
+INLINE floats everywhere(const uint32_t *key) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_set1_epi32((int)*key);
+#else
     float number;
-    memcpy(&number, &key, sizeof number);
-    return total + queries * number;
+    memcpy(&number, key, sizeof number);
+    return number - (floats){0}; /* adding would cost a step, and a sign of zero */
+#endif
 }
 
 /* `keys` keys of `words` words with `strips` strips of rows; the counts are constants once inlined. */
@@ -58,8 +68,9 @@ INLINE void block(const uint32_t *key, const floats *turned, long words, float *
         floats queries[3];
         UNROLL for (int s = 0; s < strips; s++) queries[s] = turned[s * words + d];
         UNROLL for (int j = 0; j < keys; j++) {
+            const floats word = everywhere(key + j * words + d);
             UNROLL for (int s = 0; s < strips; s++)
-                total[j * strips + s] = added(total[j * strips + s], queries[s], key[j * words + d], kind);
+                total[j * strips + s] = added(total[j * strips + s], queries[s], word, kind);
         }
     }
     UNROLL for (int i = 0; i < keys * strips; i++) *(floats *)(scores + i / strips * wide + i % strips * LANES) = total[i];
@@ -85,6 +96,43 @@ INLINE void all_strips(const uint32_t *keys, const floats *turned, long words, l
 #undef STRIPS
 }
 
+#define KEYS (LANES / FOUR) /* of a vector where rows are at most four */
+#define VECTORS (REGISTERS == 32 ? 8 : 4)
+
+/* Scores of four rows with so many vectors of keys: each is read once, four words at a time. */
+INLINE void block_of_fours(const uint32_t *key, const floats *turned, long words, float *scores, const int vectors,
+                           const int kind) {
+    floats total[VECTORS];
+    UNROLL for (int i = 0; i < vectors; i++) total[i] = (floats){0};
+    for (long i = 0; i < vectors * KEYS * words; i += LINE_WORDS) __builtin_prefetch(key + AHEAD * words + i);
+    for (long d = 0; d < words; d += 4) {
+        UNROLL for (int i = 0; i < vectors; i++) {
+            const floats fours = gather_fours(key + i * KEYS * words + d, words);
+            UNROLL for (int n = 0; n < 4; n++) total[i] = added(total[i], turned[d + n], spread_fours(fours, n), kind);
+        }
+    }
+    UNROLL for (int i = 0; i < vectors; i++) *(floats *)(scores + i * LANES) = total[i];
+}
+
+/* The last keys, fewer than a vector's, are copied to `last`. */
+INLINE void fours(const uint32_t *keys, const floats *turned, long words, long count, float *scores, uint32_t *last,
+                  const int kind) {
+    long j = 0;
+    for (; j + VECTORS * KEYS <= count; j += VECTORS * KEYS)
+        block_of_fours(keys + j * words, turned, words, scores + j * FOUR, VECTORS, kind);
+    for (; j + KEYS <= count; j += KEYS) block_of_fours(keys + j * words, turned, words, scores + j * FOUR, 1, kind);
+    if (j == count) return;
+    memset(last, 0, (size_t)(KEYS * words) * sizeof *last);
+    memcpy(last, keys + j * words, (size_t)((count - j) * words) * sizeof *last);
+    block_of_fours(last, turned, words, scores + j * FOUR, 1, kind);
+}
+
+INLINE void all_rows(const uint32_t *keys, const floats *turned, long words, long count, float *scores, long wide,
+                     uint32_t *beyond, const int kind) {
+    if (wide < LANES) fours(keys, turned, words, count, scores, beyond, kind);
+    else all_strips(keys, turned, words, count, scores, wide, kind);
+}
+
 static void by_floats(const Attention *a, const void *keys, const void *turned, long first, long last, float *scores,
                       long wide, float *room) {
     for (long j = first; j < last; j += NEARBY) {
@@ -94,16 +142,17 @@ static void by_floats(const Attention *a, const void *keys, const void *turned, 
             for (long i = 0; i < many * a->size; i += LANES) store(room, i, FLOAT32, load(keys, j * a->size + i, BFLOAT16));
             near = room;
         }
-        all_strips((const uint32_t *)near, turned, a->size, many, scores + j * wide, wide, BY_FLOATS);
+        uint32_t *beyond = (uint32_t *)room + NEARBY * a->size;
+        all_rows((const uint32_t *)near, turned, a->size, many, scores + j * wide, wide, beyond, BY_FLOATS);
     }
 }
 
 #if defined(__AVX512BF16__)
 static void by_pairs(const Attention *a, const uint16_t *keys, const void *turned, long first, long last, float *scores,
-                     long wide) {
+                     long wide, void *room) {
     for (long j = first; j < last; j += NEARBY) {
         const long many = last - j < NEARBY ? last - j : NEARBY;
-        all_strips((const uint32_t *)(keys + j * a->size), turned, a->size / 2, many, scores + j * wide, wide, BY_PAIRS);
+        all_rows((const uint32_t *)(keys + j * a->size), turned, a->size / 2, many, scores + j * wide, wide, room, BY_PAIRS);
     }
 }
 #endif
@@ -174,7 +223,7 @@ void specdec_scores(const Attention *a, const void *keys, const void *turned, lo
 #endif
 #if defined(__AVX512BF16__)
     if (a->kind == BY_PAIRS) {
-        by_pairs(a, keys, turned, first, last, scores, wide);
+        by_pairs(a, keys, turned, first, last, scores, wide, room);
         return;
     }
 #endif

@@ -81,6 +81,36 @@ INLINE void store(void *to, long at, int type, floats x) {
 #endif
 }
 
+/* Four of `stride` words each from LANES / 4 places, side by side. */
+INLINE floats gather_fours(const uint32_t *from, long stride) {
+#if defined(__AVX512F__)
+    __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i_u *)from));
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i_u *)(from + stride)), 1);
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i_u *)(from + 2 * stride)), 2);
+    return (floats)_mm512_inserti32x4(all, _mm_loadu_si128((const __m128i_u *)(from + 3 * stride)), 3);
+#elif defined(__AVX__)
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps((const float *)from));
+    return (floats)_mm256_insertf128_ps(low, _mm_loadu_ps((const float *)(from + stride)), 1);
+#else
+    (void)stride;
+    return *(const floats *)from;
+#endif
+}
+
+/* Word `n` of each four, four times. */
+INLINE floats spread_fours(floats fours, const int n) {
+#if defined(__AVX512F__)
+#define SPREAD(x, places) (floats)_mm512_permute_ps((__m512)(x), places)
+#elif defined(__AVX__)
+#define SPREAD(x, places) (floats)_mm256_permute_ps((__m256)(x), places)
+#endif
+#ifdef SPREAD
+    return n == 0 ? SPREAD(fours, 0x00) : n == 1 ? SPREAD(fours, 0x55) : n == 2 ? SPREAD(fours, 0xaa) : SPREAD(fours, 0xff);
+#else
+    return fours[n] - (floats){0};
+#endif
+}
+
 /* Is a comparison true anywhere? */
 INLINE int any(ints truths) {
 #if defined(__AVX512F__)
