@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from specdec.accept import Verdict
-from specdec.attention.protocol import chunk_rows
+from specdec.attention.protocol import Rows, chunk_rows
+from specdec.cache import RowIndex
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.protocol import Context
 from specdec.fused import available
@@ -47,21 +48,41 @@ class Pairs:
         Rows beyond a request's own pairs are written but never seen, and overwritten later.
         """
         slots, head = context.slots, self.drafter.head
+        features, tokens, rows = self._take(context)
+        last = self._leave(slots, self.drafter.forward(tokens, head.fuse(features), rows))
+        self.counts.index_fill_(0, slots, 0)  # assigning a number would copy it from the host
+        return last
+
+    def _take(self, context: Context) -> tuple[Tensor, Tensor, Rows]:
+        """W pairs of each request: features [B, W, F] in the head's dtype, tokens [B, W], and where they go."""
+        slots, dtype = context.slots, self.drafter.head.dtype
+        if available.runs(slots.device):
+            from specdec.fused.pairs import take
+
+            features, tokens, first, indices = take(
+                self.features, self.tokens, slots, self.counts, context.lengths, self.width, dtype
+            )
+            return features, tokens, Rows(RowIndex(slots, indices), first, indices, None)
+        rows = chunk_rows(slots, context.lengths - self.counts[slots], self.width, spans=False)
+        return self.features[slots, : self.width].to(dtype), self.tokens[slots, : self.width], rows
+
+    def _leave(self, slots: Tensor, y: Tensor) -> Tensor:
+        """The output [B, H] at each request's last pair, remembered; y [B, W, H]."""
+        if available.runs(slots.device):
+            from specdec.fused.pairs import leave
+
+            return leave(y, slots, self.counts, self.drafter.last)
         waiting = self.counts[slots]
-        rows = chunk_rows(slots, context.lengths - waiting, self.width, spans=False)
-        g = head.fuse(self.features[slots, : self.width].to(head.dtype))
-        y = self.drafter.forward(self.tokens[slots, : self.width], g, rows)
         at = (waiting - 1).clamp(min=0)[:, None, None].expand(-1, 1, y.shape[2])
         last = torch.where(waiting[:, None] > 0, y.gather(1, at)[:, 0], self.drafter.last[slots])
         self.drafter.last[slots] = last
-        self.counts.index_fill_(0, slots, 0)  # assigning a number would copy it from the host
         return last
 
     def observe(self, slots: Tensor, features: Tensor, verdict: Verdict) -> None:
         """Append the accepted nodes' features [B, N, F] with the tokens that followed them; `counts` is left to who
         settles the round."""
         if available.runs(features.device):
-            from specdec.fused.settle import keep
+            from specdec.fused.pairs import keep
 
             return keep(
                 features, verdict.kept, verdict.tokens, slots, self.counts, self.features, self.tokens

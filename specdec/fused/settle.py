@@ -1,7 +1,7 @@
-"""Launches of the kernels that end a round: compaction, pairs, standings and report.
+"""Launches of the kernels that end a round: compaction, standings and report.
 
 Each does in one launch, and without a host, what the torch code of its caller says.
-Dimension legend: B requests, S slots, N nodes, D + 1 columns of a verdict, F feature width, W pairs of a slot.
+Dimension legend: B requests, S slots, N nodes, D + 1 columns of a verdict.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from specdec.fused.available import launching, power
-
-FEATURES = 1024  # of one program
 
 
 def compact(kv: Tensor, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
@@ -23,28 +21,6 @@ def compact(kv: Tensor, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
         kv, slots.contiguous(), lengths.contiguous(), kept.contiguous(), kv.stride(2), kv.stride(1), kv.stride(3),
         kv.stride(4), heads, WIDTH=width, HEAD=size, BLOCK_WIDTH=power(1, width), BLOCK_HEAD=power(16, size),
         num_warps=2, **launching(),
-    )  # fmt: skip
-
-
-def keep(
-    features: Tensor, kept: Tensor, emitted: Tensor, slots: Tensor, waiting: Tensor, to_features: Tensor,
-    to_tokens: Tensor,
-) -> None:  # fmt: skip
-    """`Pairs.observe`: accepted features and tokens behind those that wait.
-
-    Args:
-        features: [B, N, F]; kept, emitted: int64 [B, D + 1] of a verdict.
-        slots: int64 [B]; waiting: int64 [S].
-        to_features: [S, W, F]; to_tokens: int64 [S, W].
-    """
-    from specdec.fused.settle_kernels import keep_kernel
-
-    b, nodes, wide = features.shape
-    width = kept.shape[1]
-    keep_kernel[(b, width, -(-wide // FEATURES))](
-        features.contiguous(), kept.contiguous(), emitted.contiguous(), slots.contiguous(), waiting,
-        to_features, to_tokens, nodes, wide, to_tokens.shape[1], WIDTH=width, BLOCK=FEATURES, num_warps=4,
-        **launching(),
     )  # fmt: skip
 
 

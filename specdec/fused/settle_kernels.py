@@ -1,4 +1,4 @@
-"""The Triton kernels that end a round: accepted rows move together, pairs are kept, standings go on.
+"""The Triton kernels that end a round: accepted rows move together, standings go on.
 
 Imported only by functions that are about to launch or compile them, because it imports triton. Neighbours of one slot
 are one request given twice: only the first of them changes what belongs to the slot.
@@ -15,7 +15,7 @@ from specdec.fused.overlap_kernels import wait_for_others
 
 
 @triton.jit
-def _first(slots, request):
+def first_of_slot(slots, request):
     """Is this the first of the requests of its slot?"""
     before = tl.load(slots + tl.maximum(request - 1, 0), mask=request > 0, other=-1)
     return before != tl.load(slots + request)
@@ -34,7 +34,7 @@ def compact_kernel(
     request = tl.program_id(0).to(tl.int64)
     plane, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     place, dim = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_HEAD)
-    inside = place < tl.where(_first(slots, request), WIDTH, 0)
+    inside = place < tl.where(first_of_slot(slots, request), WIDTH, 0)
     slot, length = tl.load(slots + request), tl.load(lengths + request)
     node = tl.load(kept + request * WIDTH + place, mask=inside, other=0)
     base = kv + plane * plane_stride + slot * slot_stride + head * head_stride + dim[None, :]
@@ -42,28 +42,6 @@ def compact_kernel(
     rows = tl.load(base + ((length + node) * row_stride)[:, None], mask=mask, other=0.0)
     tl.debug_barrier()
     tl.store(base + ((length + place) * row_stride)[:, None], rows, mask=mask)
-
-
-@triton.jit
-def keep_kernel(
-    features, kept, emitted, slots, waiting, to_features, to_tokens, nodes, width, room,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One accepted node's features and the token that followed it join the pairs of its slot.
-
-    Grid (requests, WIDTH, blocks of features). features [B, nodes, width]; kept, emitted int64 [B, WIDTH]; waiting
-    int64 by slot; to_features [slots, room, width], to_tokens int64 [slots, room].
-    """
-    wait_for_others()
-    request, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    dim = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    at = request * WIDTH + place
-    slot, node = tl.load(slots + request), tl.load(kept + at)
-    to = slot * room + tl.load(waiting + slot) + place
-    value = tl.load(features + (request * nodes + node) * width + dim, mask=dim < width, other=0.0)
-    tl.store(to_features + to * width + dim, value, mask=dim < width)
-    if tl.program_id(2) == 0:
-        tl.store(to_tokens + to, tl.maximum(tl.load(emitted + at), 0))
 
 
 @triton.jit
@@ -98,7 +76,7 @@ def settle_kernel(
         score = tl.load(scores + request * nodes + node, mask=drafted, other=float("-inf"))
         hope = tl.sum(tl.exp(score), 0)
     tl.store(promised + request, hope)
-    first = _first(slots, request)
+    first = first_of_slot(slots, request)
     tl.store(roots + slot, tl.sum(tl.where(place == count - 1, token, 0), 0), mask=first)
     tl.store(lengths + slot, tl.load(lengths + slot) + count, mask=first)
     if waiting is not None:

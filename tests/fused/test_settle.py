@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from specdec import tree as trees
 from specdec.accept import Verdict, walk
 from specdec.cache import CacheShape, KVCache
 from specdec.drafting.pairs import Pairs
+from specdec.drafting.protocol import Context
 from specdec.engine.program import Program, Seats, Standing
 from specdec.fused import available
 from specdec.sampling import largest
@@ -88,6 +90,28 @@ def pairs(b: int, device: str) -> bool:
     return same(made)
 
 
+def read_pairs(b: int, dtype: torch.dtype, device: str) -> bool:
+    made = []
+    for on in (False, True):
+        kept = object.__new__(Pairs)
+        draws = torch.Generator().manual_seed(0)
+        kept.features = torch.randn(4, 30, 50, generator=draws).to(device)
+        kept.tokens = torch.randint(90, (4, 30), generator=draws).to(device)
+        kept.counts = torch.tensor([3, 0, 7, 1], device=device)
+        last = torch.randn(4, 40, generator=draws).to(device, dtype)
+        kept.drafter, kept.width = SimpleNamespace(head=SimpleNamespace(dtype=dtype), last=last), 9
+        slots, y = slots_of(b, device), torch.randn(b, 9, 40, generator=draws).to(device, dtype)
+        if b == len(TWICE):
+            y[3] = y[2]
+        with fused(on):
+            features, tokens, rows = kept._take(Context(slots, slots, 20 + 2 * slots, fixed=True))
+            left = kept._leave(slots, y)
+        assert features.dtype == left.dtype == dtype
+        places = [rows.slots, rows.lengths, rows.positions, rows.index.indices]
+        made.append([features, tokens, *places, left, last])
+    return same(made)
+
+
 def settled(b: int, nodes: int, scored: bool, drafting: bool, device: str) -> bool:
     made = []
     for on in (False, True):
@@ -132,6 +156,9 @@ CASES: dict[str, Callable[[str], bool]] = {
     "compaction, head 48": lambda device: compaction(1, 48, device),
     "pairs": lambda device: pairs(3, device),
     "pairs, a request twice": lambda device: pairs(4, device),
+    "pairs read": lambda device: read_pairs(3, torch.float32, device),
+    "pairs read, a request twice": lambda device: read_pairs(4, torch.float32, device),
+    "pairs read, half": lambda device: read_pairs(2, torch.float16, device),
     "standings": lambda device: settled(3, 12, True, True, device),
     "standings, a request twice": lambda device: settled(4, 60, True, True, device),
     "largest": lambda device: largest_entries(100, device),
