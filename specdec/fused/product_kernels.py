@@ -95,16 +95,40 @@ def rows_kernel(
     _fetch_block(weight, first, inputs, begin, end, BLOCK_OUT)
     if PAIRED:
         _fetch_block(weight, outputs + first, inputs, begin, end, BLOCK_OUT)
-    there, alive = out < outputs, (row < rows)[:, None]
+    kept = (row < rows)[:, None] & (out < outputs)[None, :]
     matrix, pairs = weight + out[None, :] * inputs, weight + (outputs + out)[None, :] * inputs
     wait_for_others()
+    acc, beside = _sums(x + row[:, None] * inputs, (row < rows)[:, None], matrix, pairs, factor, column, begin, end,
+                        inputs, eps, PAIRED, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, STAGES)  # fmt: skip
+    last = True
+    if SPLITS > 1:
+        lines = outputs * 2 if PAIRED else outputs
+        spot, step = partial + row[:, None] * lines + out[None, :], BLOCK_ROWS * lines
+        tl.store(spot + split * step, acc)
+        if PAIRED:
+            tl.store(spot + split * step + outputs, beside)
+        tl.debug_barrier()
+        last = tl.atomic_add(turns + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            tl.store(turns + tl.program_id(0), 0)
+            acc, beside = _gathered(spot, step, SPLITS), _gathered(spot + outputs * PAIRED, step, SPLITS)
+        _finish(acc, beside, bias, plus, y, row, out, kept, outputs, PAIRED)
+
+
+@triton.jit
+def _sums(
+    x, alive, matrix, pairs, factor, column, begin, end, inputs, eps, PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Products of inputs begin..end, behind the norm if there is one (then these are all): [BLOCK_ROWS, BLOCK_OUT]."""
     squares = tl.zeros([BLOCK_ROWS, BLOCK_IN], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     beside = acc
     for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
         at = start + column
         inside = at < inputs
-        value = tl.load(x + row[:, None] * inputs + at[None, :], mask=alive & inside[None, :], other=0.0)
+        value = tl.load(x + at[None, :], mask=alive & inside[None, :], other=0.0)
         block = tl.load(matrix + at[:, None], mask=inside[:, None], other=0.0)
         if factor is not None:
             wide = value.to(tl.float32)
@@ -119,20 +143,7 @@ def rows_kernel(
         scale = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
         acc *= scale
         beside *= scale
-    last = True
-    if SPLITS > 1:
-        lines = outputs * 2 if PAIRED else outputs
-        spot, step = partial + row[:, None] * lines + out[None, :], BLOCK_ROWS * lines
-        tl.store(spot + split * step, acc)
-        if PAIRED:
-            tl.store(spot + split * step + outputs, beside)
-        tl.debug_barrier()
-        last = tl.atomic_add(turns + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        if SPLITS > 1:
-            tl.store(turns + tl.program_id(0), 0)
-            acc, beside = _gathered(spot, step, SPLITS), _gathered(spot + outputs * PAIRED, step, SPLITS)
-        _finish(acc, beside, bias, plus, y, row, out, alive & there[None, :], outputs, PAIRED)
+    return acc, beside
 
 
 @triton.jit
