@@ -101,10 +101,11 @@ def grow(given: Shares, ids: Tensor, old: tuple[Tensor, ...] | None, y: Tensor, 
 
     b, rows, hidden = y.shape
     _, splits, width = given.words.shape
-    level_kernel[(b,)](
+    blocks = level_blocks(rows, splits, width, hidden)
+    level_kernel[b, -(-hidden // blocks["BLOCK_HIDDEN"])](
         given.words, given.peaks, given.totals, ids, *(old or (None,) * 3), y.contiguous(),
         found.tokens, found.scores, found.parents, *new, count, before, found.tokens.shape[1], hidden,
-        **level_blocks(rows, splits, width, hidden), num_warps=LEVEL_WARPS, **launching(),
+        **blocks, num_warps=LEVEL_WARPS, **launching(),
     )  # fmt: skip
 
 

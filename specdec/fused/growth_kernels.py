@@ -105,13 +105,14 @@ def _merged(words, peaks, totals, first, alive, row, SPLITS: tl.constexpr, WIDTH
 @triton.jit
 def _follow(y, new_y, request, parent, hidden, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
             BLOCK_HIDDEN: tl.constexpr):  # fmt: skip
-    """Copy the parents' outputs [K', H] to the new frontier [WIDTH, H]."""
-    place = tl.arange(0, BLOCK_WIDTH)[:, None]
-    for start in range(0, hidden, BLOCK_HIDDEN):
-        dim = (start + tl.arange(0, BLOCK_HIDDEN))[None, :]
-        mask = (place < WIDTH) & (dim < hidden)
-        value = tl.load(y + (request * ROWS + parent)[:, None] * hidden + dim, mask=mask, other=0.0)
-        tl.store(new_y + (request * WIDTH + place) * hidden + dim, value, mask=mask)
+    """Copy this program's block of the parents' outputs [K', H] to the new frontier [WIDTH, H]."""
+    place, dim = (
+        tl.arange(0, BLOCK_WIDTH)[:, None],
+        tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)[None, :],
+    )
+    mask = (place < WIDTH) & (dim < hidden)
+    value = tl.load(y + (request * ROWS + parent)[:, None] * hidden + dim, mask=mask, other=0.0)
+    tl.store(new_y + (request * WIDTH + place) * hidden + dim, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["count", "before"])
@@ -123,10 +124,11 @@ def level_kernel(
 ):  # fmt: skip
     """One level of one request: ROWS x WIDTH candidates, in parent-major order, and the WIDTH that grow on.
 
-    Grid (requests,). words, peaks, totals of `shares_kernel`; ids int64 [Vd]; the frontier's old_scores float32,
-    old_at and old_bits int64 [B, ROWS], None at the first level; y and new_y [B, ROWS | WIDTH, hidden]. Candidates
-    are written to tokens, scores, parents [B, capacity] from `count` on, the new frontier to new_* [B, WIDTH];
-    `before` head rows precede its own.
+    Grid (requests, blocks of hidden): all find and write the same, and each copies a block of its own; one program
+    would copy them one after another. words, peaks, totals of `shares_kernel`; ids int64 [Vd]; the frontier's
+    old_scores float32, old_at and old_bits int64 [B, ROWS], None at the first level; y and new_y [B, ROWS | WIDTH,
+    hidden]. Candidates are written to tokens, scores, parents [B, capacity] from `count` on, the new frontier to
+    new_* [B, WIDTH]; `before` head rows precede its own.
     """
     wait_for_others()
     request = tl.program_id(0).to(tl.int64)

@@ -46,6 +46,7 @@ class Grown:
     share: int = growth.SHARE
     ties: bool = False
     dtype: torch.dtype = torch.float32
+    hidden: int = 20
 
 
 GROWN = {
@@ -65,6 +66,7 @@ GROWN = {
     "rows of one share shorter than the width": Grown(Shape(2, 4, 9), vocabulary=18, share=16),
     "ties": Grown(Shape(3, 4, 20), batch=3, share=16, ties=True),
     "bfloat16": Grown(Shape(2, 4, 16), share=16, ties=True, dtype=torch.bfloat16),
+    "outputs in several blocks": Grown(Shape(2, 4, 16), batch=2, hidden=1100),
     "a word full of head rows": Grown(Shape(99, 8, 64), vocabulary=9),
 }
 WALKS = {  # nodes, width, batch, whether the trees end early
@@ -88,7 +90,7 @@ def differences(case: Grown, device: str) -> list[str]:
     while not plain.depth or plain.worth_another():
         logits = torch.randn(case.batch, rows, case.vocabulary, generator=generator) * 3
         logits = (logits.round() if case.ties else logits).to(device, case.dtype)
-        y = torch.randn(case.batch, rows, 20, generator=generator).to(device)
+        y = torch.randn(case.batch, rows, case.hidden, generator=generator).to(device)
         if not torch.equal(plain.level(logits, y), fused.level(logits, y)):
             wrong.append("y")
         wrong += unequal(plain, fused, ("tokens", "bits", "at", "depth", "count", "rows_before"))
