@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from bench.ceilings import Ceiling, ceilings, layer_seconds
 from bench.record import append
-from specdec.fused.product import PROCESSORS, ROWS, Cut, Kind, Trial, candidates
+from specdec.fused.cuts import PROCESSORS, ROWS, Cut, Kind, candidates
+from specdec.fused.trial import Trial
 
 BLOCKS = (
     Cut(1, 2048, 4), Cut(2, 1024, 4), Cut(2, 2048, 8), Cut(4, 2048, 8), Cut(8, 1024, 8), Cut(2, 4096, 8),

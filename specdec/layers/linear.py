@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.fused import product
 from specdec.fused.available import applies
+from specdec.fused.product import product
+from specdec.fused.trial import cut_for
 from specdec.layers.gate import gated
 from specdec.layers.norm import RMSNorm
 from specdec.native import linear as native
@@ -124,12 +125,10 @@ class Projection(nn.Module):
         """
         cut = None
         if self.packed is None:
-            cut = product.cut_for(
-                x, self.weight, norm=norm is not None, paired=activated, plus=plus is not None
-            )
+            cut = cut_for(x, self.weight, norm=norm is not None, paired=activated, plus=plus is not None)
         if cut is not None:
             factor, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return product.product(
+            return product(
                 x, self.weight, self.bias, cut, plus=plus, factor=factor, eps=eps, paired=activated
             )
         x = x if norm is None else norm(x)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.cache import CacheShape, KVCache, RowIndex
-from specdec.fused import layer, product
+from specdec.fused import cuts, layer, product, trial
 from specdec.layers.heads import Heads
 from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import Angles, Rope, frequencies
@@ -89,13 +89,13 @@ def place_case(queries: int, kv_heads: int, size: int, dtype: torch.dtype) -> fl
     return max(off(packed[:, :, :queries], query), off(ours.kv, theirs.kv))
 
 
-SPLIT = product.Cut(16, 64, 4, 2, 3)
-SHORT, TILE, WHOLE = product.Cut(4, 64, 4), product.Cut(16, 64, 2, 2), product.Cut(16, 32, 4)
+SPLIT = cuts.Cut(16, 64, 4, 2, 3)
+SHORT, TILE, WHOLE = cuts.Cut(4, 64, 4), cuts.Cut(16, 64, 2, 2), cuts.Cut(16, 32, 4)
 
 
 def product_case(inputs: int, outputs: int, dtype: torch.dtype, *, rows: int = 1, norm: bool = False,
                  paired: bool = False, bias: bool = False, plus: bool = False,
-                 cut: product.Cut = SHORT) -> float:  # fmt: skip
+                 cut: cuts.Cut = SHORT) -> float:  # fmt: skip
     lines = outputs * (2 if paired else 1)
     x, weight, factor = (draw(1, rows, inputs, dtype=dtype), draw(lines, inputs, dtype=dtype, seed=1),
                          draw(inputs, dtype=dtype, seed=2))  # fmt: skip
@@ -138,10 +138,10 @@ CASES: dict[str, Callable[[], float]] = {
     "product behind a norm": lambda: product_case(72, 12, F32, norm=True, bias=True),
     "product behind a long norm": lambda: product_case(300, 12, F32, norm=True, plus=True),
     "product in pairs": lambda: product_case(72, 11, F32, norm=True, paired=True, bias=True),
-    "product, half": lambda: product_case(576, 30, HALF, norm=True, plus=True, cut=product.Cut(2, 1024, 4)),
-    "product, one step": lambda: product_case(100, 9, F32, norm=True, cut=product.Cut(4, 128, 4)),
+    "product, half": lambda: product_case(576, 30, HALF, norm=True, plus=True, cut=cuts.Cut(2, 1024, 4)),
+    "product, one step": lambda: product_case(100, 9, F32, norm=True, cut=cuts.Cut(4, 128, 4)),
     "product in pairs, one step": lambda: product_case(
-        72, 9, F32, norm=True, paired=True, cut=product.Cut(2, 128, 4)
+        72, 9, F32, norm=True, paired=True, cut=cuts.Cut(2, 128, 4)
     ),
     "product of rows": lambda: product_case(128, 32, F32, rows=5, bias=True, plus=True, cut=TILE),
     "product of rows behind a norm": lambda: product_case(120, 48, F32, rows=20, norm=True, cut=TILE),
@@ -172,7 +172,7 @@ CASES: dict[str, Callable[[], float]] = {
         72, 32, F32, rows=16, norm=True, paired=True, bias=True, cut=WHOLE
     ),
     "product of rows, at once, half": lambda: product_case(
-        576, 32, HALF, rows=3, norm=True, plus=True, cut=product.Cut(16, 128, 8)
+        576, 32, HALF, rows=3, norm=True, plus=True, cut=cuts.Cut(16, 128, 8)
     ),
 }
 NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count")
@@ -202,7 +202,7 @@ def compiled(
     return assembled(kernel, kinds, constants, even, {"num_warps": warps}, folder)
 
 
-@pytest.mark.parametrize("rows", product.ROWS)
+@pytest.mark.parametrize("rows", cuts.ROWS)
 @pytest.mark.parametrize("absent", [("bias", "plus"), ("bias", "factor")])
 @pytest.mark.parametrize("sizes", [(576, 960), (1152, 960), (1536, 576), (4096, 14336), (14336, 4096)])
 def test_products_of_few_rows_keep_to_registers(
@@ -212,8 +212,8 @@ def test_products_of_few_rows_keep_to_registers(
     from specdec.fused import product_kernels
 
     paired = absent == ("bias", "plus")
-    kind = product.Kind(*sizes, torch.bfloat16, torch.device("cuda"), paired, paired, not paired, rows)
-    for cut in product.candidates(kind):
+    kind = cuts.Kind(*sizes, torch.bfloat16, torch.device("cuda"), paired, paired, not paired, rows)
+    for cut in cuts.candidates(kind):
         constants = {"PAIRED": paired, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.into}
         if rows == 1:
             constants["WHOLE"] = cut.into >= sizes[0]
@@ -227,7 +227,7 @@ def test_products_of_few_rows_keep_to_registers(
             assert "mma.sync" in text or "wgmma" in text, "outside the tensor cores"
             assert "cp.async.cg.shared.global" in text and "cp.async.bulk.prefetch.L2" in text
         else:
-            constants |= {"BLOCK_ROWS": rows, "PARTS": product._parts(sizes[0], cut.into)}
+            constants |= {"BLOCK_ROWS": rows, "PARTS": cuts.parts_of(sizes[0], cut.into)}
             report = compiled(product_kernels.whole_rows_kernel, constants, cut.warps, tmp_path, absent)
             text = (tmp_path / "kernel.ptx").read_text()
             assert "mma.sync" in text, "outside the tensor cores"
@@ -268,38 +268,38 @@ def test_kernels_on_a_gpu_equal_torch(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", product.ROWS)
+@pytest.mark.parametrize("rows", cuts.ROWS)
 def test_trials_on_a_gpu_give_right_products(rows: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    kind = product.Kind(576, 960, torch.bfloat16, torch.device("cuda"), True, False, True, rows)
-    trial = product.Trial.of(kind)
-    for cut in product.candidates(kind):
-        assert off(trial.ours(3, cut), trial.theirs(3)) < 2e-2
+    kind = cuts.Kind(576, 960, torch.bfloat16, torch.device("cuda"), True, False, True, rows)
+    one = trial.Trial.of(kind)
+    for cut in cuts.candidates(kind):
+        assert off(one.ours(3, cut), one.theirs(3)) < 2e-2
 
 
 @pytest.mark.parametrize("fault", [None, "wrong", "nan", "raises"])
 def test_a_cut_that_is_wrong_or_does_not_launch_is_not_tried(
     fault: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = product.Kind(64, 32, torch.float32, torch.device("cpu"), False, False, True, 16)
+    kind = cuts.Kind(64, 32, torch.float32, torch.device("cpu"), False, False, True, 16)
 
-    def ours(trial: product.Trial, index: int, cut: product.Cut) -> Tensor:
+    def ours(one: trial.Trial, index: int, cut: cuts.Cut) -> Tensor:
         if fault == "raises":
             raise RuntimeError("out of resource: shared memory")
-        y = trial.theirs(index).clone()
+        y = one.theirs(index).clone()
         y[0, 3] *= {None: 1.001, "wrong": 1.2, "nan": torch.nan}[fault]
         return y
 
-    monkeypatch.setattr(product.Trial, "ours", ours)
-    assert product._right(product.Trial.of(kind), WHOLE) == (fault is None)
+    monkeypatch.setattr(trial.Trial, "ours", ours)
+    assert trial._right(trial.Trial.of(kind), WHOLE) == (fault is None)
 
 
 def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
     with torch.no_grad():
         assert not layer.can_norm(draw(2, 64), 64)
         row = draw(1, 64)
-        assert product.cut_for(row, draw(3, 64), norm=False, paired=False, plus=False) is None
+        assert trial.cut_for(row, draw(3, 64), norm=False, paired=False, plus=False) is None
 
 
 if __name__ == "__main__":

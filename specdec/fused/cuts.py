@@ -1,0 +1,121 @@
+"""How a product of few rows may be cut for our kernels: values, no launches.
+
+Decoding one token reads every matrix once and multiplies it by one row, a small tree by as many rows as nodes. Small
+matrices cost launching and waiting, large ones reading; which cut is best is for a trial to say (trial.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from specdec.fused.available import power
+
+ROWS = (1, 16, 32, 64)  # numbers of rows that kernels are cut for
+SHORT = 1024  # inputs that one step takes whole
+SMALL = 2**24  # bytes of a matrix that costs more in launching and waiting than in reading
+PART = 128  # inputs of one of the products that make up a step of all inputs
+HELD = 2**16  # numbers that eight warps hold in registers; numbers of the rows that shared memory holds
+FEWEST = 16  # rows that are cheap to read for every block of outputs
+SPLITS, STEPS = 8, 6  # of the inputs at most; of one program at least
+PROCESSORS = 132  # of an H100 or H200, where there is nothing to ask
+
+
+class Cut(NamedTuple):
+    """Outputs of a program, inputs of a step, warps; and for several rows, steps under way: 0 takes all inputs at once,
+    in products of `into`. `splits` programs share the inputs of their outputs."""
+
+    out: int
+    into: int
+    warps: int
+    stages: int = 0
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A product and what goes with it: sizes, dtype, and whether a norm or a residual does.
+
+    `outputs` are what comes out; where `paired`, the matrix has twice as many, for the gated activation. `rows` is one
+    of ROWS, the least that is enough.
+    """
+
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    device: torch.device
+    norm: bool
+    paired: bool
+    plus: bool
+    rows: int = 1
+
+    @property
+    def lines(self) -> int:
+        """Of the matrix."""
+        return self.outputs * (2 if self.paired else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrix."""
+        return self.lines * self.inputs * self.dtype.itemsize
+
+
+FEW = (Cut(32, 128, 4, 4), Cut(64, 64, 4, 6), Cut(128, 64, 8, 4))
+MANY = (Cut(128, 64, 8, 4), Cut(128, 64, 8, 4, 2), Cut(256, 64, 8, 4), Cut(64, 64, 4, 6, 2))
+"""For large matrices and up to 16 rows, or more: `out` in lines, and `splits` as programs of one multiprocessor."""
+
+
+def enough(rows: int) -> int:
+    """The least number of rows that kernels are cut for and that holds so many."""
+    return next(most for most in ROWS if rows <= most)
+
+
+def candidates(kind: Kind) -> list[Cut]:
+    """Cuts worth trying: long loads for each thread, programs for every multiprocessor."""
+    halves = 2 if kind.paired else 1  # each output takes two lines of the matrix
+    if kind.rows > 1:
+        return _tiles(kind, halves)
+    if kind.inputs <= SHORT:
+        return [Cut(4 // halves, power(16, kind.inputs), 4)]
+    if 2048 < kind.inputs <= 4096:  # all of a line at once keeps more of it on its way
+        return [Cut(4 // halves, 1024, 4), *(Cut(out, 4096, 4) for out in (2, 1)[halves - 1 :])]
+    return [Cut(4 // halves, 1024, 4), Cut(2 // halves, 2048, 4)]
+
+
+def _tiles(kind: Kind, halves: int) -> list[Cut]:
+    """Cuts for several rows. What is small wants few steps, what is large much of the matrix on its way."""
+    if kind.dtype.itemsize != 2 or kind.inputs % 8 or kind.lines * kind.inputs >= 2**31:
+        return []
+    if kind.nbytes > SMALL:
+        cuts = [_filling(kind, cut, halves) for cut in (FEW if kind.rows <= FEWEST else MANY)]
+        return [cut for cut in dict.fromkeys(cuts) if kind.outputs % cut.out == 0]
+    wide = 16 if kind.lines <= 2048 else 32 // halves
+    if kind.outputs % wide:
+        return []
+    cuts = [Cut(wide, 128, 4 if wide == 32 or kind.rows == 64 else 2, 4)]
+    room = PART * parts_of(kind.inputs, PART)
+    held = (kind.rows + 16 * halves) * room
+    if kind.rows * room <= HELD and held <= 3 * HELD // 2:  # beyond, sixteen warps spill
+        cuts.append(Cut(16, PART, 8 if held <= HELD else 16))
+    return cuts
+
+
+def _filling(kind: Kind, cut: Cut, halves: int) -> Cut:
+    """A cut of lines as one of outputs, the inputs split until programs fill the device, all of them at once."""
+    blocks = -(-kind.lines // cut.out)
+    most = min(SPLITS, kind.inputs // (STEPS * cut.into), cut.splits * _processors(kind.device) // blocks)
+    return cut._replace(out=cut.out // halves, splits=max(1, most))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    there = torch.cuda.is_available()
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if there else PROCESSORS
+
+
+def parts_of(inputs: int, into: int) -> int:
+    """Products of `into` inputs that hold them all; triton wants a power of two."""
+    return power(1, -(-inputs // into))
