@@ -19,7 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import kernels, products, speed, steps, warm
+from bench import kernels, products, speed, steps, warm, whole_round
 from bench import sweep as sweeps
 from bench.ceilings import Ceiling, ceilings
 from bench.kernels import Point
@@ -31,7 +31,7 @@ from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.drafting.protocol import Shape
 from specdec.engine.build import DEFAULT_TREE, Options
-from specdec.engine.graphs import graphed
+from specdec.engine.graphs import CudaRecording, graphed
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.target.lean import LeanConfig
@@ -204,7 +204,7 @@ def run_greedy(setting: Setting) -> None:
 
 
 def run_profile(setting: Setting) -> None:
-    """Kernels a layer takes in a plain and in a captured step of one and of many nodes."""
+    """Kernels a layer takes in a plain and in a captured step of one and of many nodes, and those of drafting."""
     real = load_target(setting.target, dtype=torch.bfloat16, device=setting.device, prefer="lean").target
     random = steps.random_target(setting.shape, setting.place, setting.dtype)
     for target, nodes in itertools.product((real, random), (1, 4 if setting.smoke else 60)):
@@ -213,6 +213,15 @@ def run_profile(setting: Setting) -> None:
             counted = _profiled(steps.step(one, KVCache(one.info.cache, 1, 128), 1, nodes, 64), setting)
             note("profile", {"target": one.info.name, "step": name, "nodes": nodes, "layers": one.info.layers,
                              "per_layer": round(counted["kernels"] / one.info.layers, 2), **counted})  # fmt: skip
+    recording = CudaRecording() if setting.device == "cuda" else whole_round.Stepwise()
+    shape = Shape(3, 2, 6) if setting.smoke else DEFAULT_TREE
+    for target in (real, random):
+        head = whole_round.random_head(target, steps.DRAFT_VOCAB)
+        with torch.inference_mode():
+            drafting = whole_round.draft_step(target, head, 1, shape, 64, recording)
+        counted = _profiled(drafting, setting)
+        note("profile", {"target": target.info.name, "step": "drafting", "levels": shape.depth,
+                         "per_level": round(counted["kernels"] / shape.depth, 2), **counted})  # fmt: skip
 
 
 @torch.inference_mode()
