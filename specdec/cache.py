@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.errors import UnsupportedError
 from specdec.fused import available
+from specdec.native import placing
 
 FEW = 2  # requests up to which rows are copied one request at a time
 
@@ -119,9 +120,10 @@ class KVCache:
         for slot, length, nodes in zip(slots, lengths, kept, strict=True):
             moved = [(to, at) for to, at in enumerate(nodes) if at != to and (to == 0 or at != nodes[to - 1])]
             if moved:
-                to, at = (torch.tensor(side) + length for side in zip(*moved, strict=True))
-                lane = self.kv[:, :, slot]
-                lane[:, :, :, to] = lane[:, :, :, at]
+                to, at = ([length + row for row in side] for side in zip(*moved, strict=True))
+                if not placing.keep(self.kv, slot, to, at):
+                    lane = self.kv[:, :, slot]
+                    lane[:, :, :, to] = lane[:, :, :, at]
 
     def copy_prefix(self, source: int, target: int, rows: int) -> None:
         """Copy the first `rows` rows of slot `source` to slot `target` (a shared prompt)."""

@@ -273,7 +273,9 @@ def _nucleus_edge(logits: Tensor, top_p: Tensor) -> Tensor:
     return torch.where((top_p < 1)[:, None, None], edge, -torch.inf)
 
 
-def choose(processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: Tensor) -> Tensor:
+def choose(
+    processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: Tensor, best: Tensor | None = None
+) -> Tensor:
     """The target's own token after each node.
 
     Args:
@@ -281,11 +283,12 @@ def choose(processed: Tensor, tree: DraftTree, batch: BatchSampling, uniforms: T
         tree: its depths say which output position each node fills.
         batch: settings; rows with temperature 0 take the argmax.
         uniforms: float64 [B, >= D + 1], the requests' u_t from the next output position on.
+        best: int64 [B, N], the largest entries of `processed`, where they are known.
 
     Returns:
         int64 [B, N].
     """
-    best = likeliest(processed)
+    best = likeliest(processed) if best is None else best
     if batch.greedy:
         return best
     drawn = draw(torch.softmax(processed, dim=-1), uniforms.gather(1, tree.depths))

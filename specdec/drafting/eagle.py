@@ -223,8 +223,8 @@ class EagleDrafter:
         taken = [self._take(slot) for slot in slots]
         counts = [len(tokens) for _, tokens in taken]
         n = max(counts)
-        features = torch.stack([pad(f, (0, 0, 0, n - len(f))) for f, _ in taken])
-        tokens = torch.stack([pad(t, (0, n - len(t))) for _, t in taken])
+        features = torch.stack([_rows(f, n) for f, _ in taken])
+        tokens = torch.stack([_rows(t, n) for _, t in taken])
         where = torch.tensor(slots, device=tokens.device)
         lengths = torch.tensor([self.lanes[s].rows for s in slots], device=tokens.device)
         y = self.forward(tokens, self.head.fuse(features.to(self.head.dtype)), chunk_rows(where, lengths, n))
@@ -238,6 +238,12 @@ def _level(context: Context, growth: Growth) -> Rows:
     """Where the frontier's rows go: tokens just drafted, behind those of the levels before."""
     position = (context.lengths + growth.depth - 1)[:, None].expand_as(growth.tokens)
     return level_rows(context.slots, context.lengths, position, growth.bits, growth.rows_before)
+
+
+def _rows(x: Tensor, n: int) -> Tensor:
+    """x [rows, ...] with zeros behind, n rows in all."""
+    spare = n - len(x)
+    return x if spare == 0 else pad(x, (0, 0) * (x.dim() - 1) + (0, spare))
 
 
 def _joined(parts: list[Tensor] | None) -> Tensor | None:

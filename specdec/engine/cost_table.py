@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -24,10 +24,15 @@ class CostTable:
     verify: Mapping[int, Mapping[int, float]]
     level: Mapping[int, float]
     extend: Mapping[int, float]
+    _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def verify_ms(self, batch: int, nodes: int) -> float:
-        """Interpolated milliseconds for `batch` trees of `nodes` nodes."""
-        return _between(self.verify, batch, lambda row: _between(row, nodes, float))
+        """Interpolated milliseconds for `batch` trees of `nodes` nodes; a round asks for dozens, so they are kept."""
+        ms = self._known.get((batch, nodes))
+        if ms is None:
+            ms = _between(self.verify, batch, lambda row: _between(row, nodes, float))
+            self._known[batch, nodes] = ms
+        return ms
 
     def draft_ms(self, batch: int, levels: int) -> float:
         """Milliseconds of growing trees of `levels` levels."""

@@ -23,10 +23,15 @@ from specdec.tree import DraftTree, trim
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One round's values: the trees, the target's word on them, and the seconds each phase took."""
+    """One round's values: the trees, the target's word on them, and the seconds each phase took.
+
+    Attributes:
+        peaks: [B, N], the largest logit after each node; NaN where logits are no numbers.
+    """
 
     tree: DraftTree
     logits: Tensor
+    peaks: Tensor
     features: Tensor
     chosen: Tensor
     verdict: Verdict
@@ -57,7 +62,7 @@ class Emitted:
     def of(outcome: Outcome) -> Emitted:
         """Read a round that ran step by step."""
         tree, verdict = outcome.tree, outcome.verdict
-        sick = largest(outcome.logits)[0].isnan().gather(1, verdict.kept).any(dim=1)
+        sick = outcome.peaks.isnan().gather(1, verdict.kept).any(dim=1)
         return Emitted(
             verdict.counts.tolist(),
             verdict.tokens.tolist(),
@@ -87,18 +92,25 @@ class Rounds:
         )
         logits = self.target.logits(states.final)
         verified = time.perf_counter()
+        peaks, likeliest = largest(logits)
         processed = process(logits, tree, batch.sampling, batch.seen, _allowed(batch, tree, logits))
-        chosen, verdict = _decide(tree, processed, batch)
+        chosen, verdict = _decide(tree, processed, batch, likeliest if processed is logits else None)
         self.cache.keep(c.slots, c.lengths, verdict.kept)
         self.drafter.observe(c, states.features, verdict)
         accepted = time.perf_counter()
         seconds = {"draft": drafted - started, "verify": verified - drafted, "accept": accepted - verified}
-        return Outcome(tree, logits, states.features, chosen, verdict, seconds)
+        return Outcome(tree, logits, peaks, states.features, chosen, verdict, seconds)
 
 
-def _decide(tree: DraftTree, processed: Tensor, batch: Batch) -> tuple[Tensor, Verdict]:
-    """The target's own tokens and what survives them; sampled chains are tested against the q they came from."""
-    chosen = choose(processed, tree, batch.sampling, batch.uniforms)
+def _decide(
+    tree: DraftTree, processed: Tensor, batch: Batch, likeliest: Tensor | None
+) -> tuple[Tensor, Verdict]:
+    """The target's own tokens and what survives them; sampled chains are tested against the q they came from.
+
+    Args:
+        likeliest: int64 [B, N], the largest entries of `processed`, where they are known.
+    """
+    chosen = choose(processed, tree, batch.sampling, batch.uniforms, likeliest)
     if tree.probs is None:
         return chosen, walk(tree, chosen)
     assert batch.tests is not None, "sampled chains need tests"

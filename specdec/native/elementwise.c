@@ -81,6 +81,16 @@ INLINE void place(const Placing *p, int type, long b, long n) {
     }
 }
 
+/* In each head of each plane, `head_bytes` and `plane_bytes` apart, row at[i] moves to row to[i]. Both rise, and no row moves
+ * behind itself, so that none is written before it is read. */
+void specdec_keep(char *slot, long planes, long plane_bytes, long heads, long head_bytes, long row_bytes, const int64_t *to,
+                  const int64_t *at, long count) {
+    for (long h = 0; h < planes * heads; h++) {
+        char *rows = slot + h / heads * plane_bytes + h % heads * head_bytes;
+        for (long i = 0; i < count; i++) memcpy(rows + to[i] * row_bytes, rows + at[i] * row_bytes, (size_t)row_bytes);
+    }
+}
+
 /* Turn queries and keys to their positions, and store keys and values; half a head divides by the lanes. */
 void specdec_place(const Placing *p) {
 #pragma omp parallel for num_threads(p->threads) schedule(static) if (p->batch * p->rows >= FEW)

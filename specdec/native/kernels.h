@@ -69,6 +69,8 @@ void specdec_largest(const void *x, int64_t *places, long rows, long width, int 
 void specdec_top(const void *x, float *values, int64_t *places, long rows, long width, long count, int type,
                  int threads);
 void specdec_place(const Placing *p);
+void specdec_keep(char *slot, long planes, long plane_bytes, long heads, long head_bytes, long row_bytes, const int64_t *to,
+                  const int64_t *at, long count);
 int specdec_grade(const Grading *g);
 
 #endif

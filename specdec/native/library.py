@@ -137,6 +137,8 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.specdec_top.restype = None
     loaded.specdec_place.argtypes = [pointer]
     loaded.specdec_place.restype = None
+    loaded.specdec_keep.argtypes = [pointer, *[whole] * 5, pointer, pointer, whole]
+    loaded.specdec_keep.restype = None
     loaded.specdec_grade.argtypes = [pointer]
     loaded.specdec_grade.restype = small
     loaded.specdec_level.argtypes = [pointer]

@@ -79,7 +79,8 @@ def linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) 
         assert x.dtype == torch.bfloat16 and -(-x.shape[1] // (2 * PAIRS)) == blocks, (
             "packed for other inputs"
         )
-        x = F.pad(x, (0, blocks * 2 * PAIRS - x.shape[1])).contiguous()
+        spare = blocks * 2 * PAIRS - x.shape[1]
+        x = F.pad(x, (0, spare)).contiguous() if spare else x.contiguous()
         kernels.specdec_tiles(
             x.data_ptr(), packed.data_ptr(), None if added is None else added.data_ptr(), y.data_ptr(), x.shape[0],
             blocks, outputs, tiles_kind(), torch.get_num_threads(),

@@ -1,6 +1,7 @@
-"""One pass over a layer's new heads: queries and keys are turned to their positions, keys and values stored.
+"""One pass over a layer's new heads: queries and keys are turned to their positions, keys and values stored; and one
+over all layers that moves accepted rows together.
 
-Does what `rotate` and `KVCache.write` do, rounding where they round, without the copies between.
+Does what `rotate`, `KVCache.write` and `KVCache.keep` do, rounding where they round, without the copies between.
 Dimension legend: B requests, N rows, D head size.
 """
 
@@ -45,3 +46,23 @@ def place(heads: Tensor, cos: Tensor, sin: Tensor, plane: Tensor, slots: Tensor,
         type=heads.element_size() == 2, threads=torch.get_num_threads(),
     )  # fmt: skip
     kernels.specdec_place(ctypes.byref(call))
+
+
+def keep(kv: Tensor, slot: int, to: list[int], at: list[int]) -> bool:
+    """Move rows `at` of a slot to rows `to`, in every layer; both rise, and no row moves behind itself.
+
+    Args:
+        kv: [layers, 2, slots, KV heads, length, D].
+
+    Returns: was there a kernel for it?
+    """
+    kernels = library() if kv.device.type == "cpu" and kv.is_contiguous() else None
+    if kernels is None:
+        return False
+    size, step = kv.element_size(), kv.stride()
+    rows = ctypes.c_int64 * len(to)
+    kernels.specdec_keep(
+        kv.data_ptr() + slot * step[2] * size, kv.shape[0] * 2, step[1] * size, kv.shape[3], step[3] * size,
+        step[4] * size, rows(*to), rows(*at), len(to),
+    )  # fmt: skip
+    return True
