@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.cache import CacheShape, KVCache, RowIndex
 from specdec.errors import UnsupportedError
+from specdec.native import placing
 
 LAYERS, HEADS, DIM, SLOTS, LENGTH = 2, 3, 4, 4, 24
 SHAPE = CacheShape(LAYERS, HEADS, DIM, torch.float32, torch.device("cpu"))
@@ -70,11 +71,17 @@ def on_host(cache: KVCache, slots: Tensor, lengths: Tensor, kept: Tensor) -> Non
     cache.keep(slots, lengths, kept)
 
 
+def on_host_by_torch(cache: KVCache, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "keep", lambda *_: False)
+        cache.keep(slots, lengths, kept)
+
+
 def on_device(cache: KVCache, slots: Tensor, lengths: Tensor, kept: Tensor) -> None:
     cache.compact(slots, lengths, kept)
 
 
-@pytest.mark.parametrize("keep", [on_host, on_device])
+@pytest.mark.parametrize("keep", [on_host, on_host_by_torch, on_device])
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_keep_moves_accepted_rows_to_the_front(
