@@ -109,13 +109,19 @@ def perform(run: Run, stage: str, seconds: float) -> str:
         log.write(f"\n==== {stage}\n")
         log.flush()
         try:
-            done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment(run), timeout=seconds,
-                                  check=False)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"cut off after {seconds:.0f} s"
+            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment(run),
+                                       start_new_session=True)  # fmt: skip
         except OSError as error:
             return f"could not start: {error}"
-    return "done" if done.returncode == 0 else f"exit code {done.returncode}"
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # with what it has started: later stages want the device alone
+            process.wait()
+            return f"cut off after {seconds:.0f} s"
+    return "done" if code == 0 else f"exit code {code}"
 
 
 def _here(run: Run, stage: str, seconds: float) -> str:

@@ -1,7 +1,8 @@
 """KVCache: one tensor of keys and values with a slot per request; rows are written, kept, copied.
 
 Knows nothing of models or trees: rows arrive with the indices they belong to. Layout
-`[layers, 2, slots, kv_heads, length, head_dim]`, so that compaction is one gather and one scatter.
+`[layers, 2, slots, kv_heads, length, head_dim]`, so that compaction is one gather and one scatter (a loop in C
+on CPUs).
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class KVCache:
             lengths: int64 [B] committed rows.
             kept: int64 [B, D + 1] accepted nodes, root first.
 
-        Rows beyond the accepted ones become garbage that the next round overwrites. All rows are gathered
-        before any is written, so overlaps are harmless.
+        Rows beyond the accepted ones become garbage that the next round overwrites. No row is written before it is
+        read, so overlaps are harmless.
         """
         if kept.device.type == "cpu":
             self._keep_on_host(slots.tolist(), lengths.tolist(), kept.tolist())

@@ -65,13 +65,12 @@ def tree_rows(slots: Tensor, lengths: Tensor, tree: DraftTree, *, spans: bool = 
     return Rows(index, lengths, positions, tree.ancestors, 0, positions)
 
 
-def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Tensor, offset: int, *,
-               spans: bool = True) -> Rows:  # fmt: skip
+def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Tensor, offset: int) -> Rows:
     """Rows of one drafting level: n new rows behind `offset` older rows of the same round.
 
     positions int64 [B, n], ancestors int64 [B, n] over all tree rows so far.
     """
-    index = _index(slots, lengths + offset, positions.shape[1], spans)
+    index = _index(slots, lengths + offset, positions.shape[1], spans=True)
     return Rows(index, lengths, positions, ancestors, offset)
 
 

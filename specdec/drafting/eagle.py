@@ -131,6 +131,7 @@ class EagleDrafter:
 
         With neither floors nor prices in `shape`, nothing is read on the host.
         """
+        assert not (context.fixed and shape.node_floor > 0), "levels of a fixed round are equally wide"
         growth = growth_of(self.head.ids, shape, self.head.dtype)
         levels = (
             Levels.of(context.slots, context.lengths, growth.width, shape.depth - 1)

@@ -19,7 +19,7 @@ SHORT = 1024  # inputs that one step takes whole
 SMALL = 2**24  # bytes of a matrix that costs more in launching and waiting than in reading
 PART = 128  # inputs of one of the products that make up a step of all inputs
 HELD = 2**16  # numbers that eight warps hold in registers; numbers of the rows that shared memory holds
-FEWEST = 16  # rows that are cheap to read for every block of outputs
+CHEAP = 16  # rows that may be read for every block of outputs, however narrow
 SPLITS, STEPS = 8, 6  # of the inputs at most; of one program at least
 PROCESSORS = 132  # of an H100 or H200, where there is nothing to ask
 
@@ -63,9 +63,19 @@ class Kind:
         return self.lines * self.inputs * self.dtype.itemsize
 
 
-FEW = (Cut(32, 128, 4, 4), Cut(64, 64, 4, 6), Cut(128, 64, 8, 4))
-MANY = (Cut(128, 64, 8, 4), Cut(128, 64, 8, 4, 2), Cut(256, 64, 8, 4), Cut(64, 64, 4, 6, 2))
-"""For large matrices and up to 16 rows, or more: `out` in lines, and `splits` as programs of one multiprocessor."""
+class Tile(NamedTuple):
+    """Of a large matrix: lines of a program, inputs of a step, warps, steps under way, programs of a multiprocessor."""
+
+    lines: int
+    into: int
+    warps: int
+    stages: int
+    beside: int = 1
+
+
+FEW = (Tile(32, 128, 4, 4), Tile(64, 64, 4, 6), Tile(128, 64, 8, 4))
+MANY = (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4, 2), Tile(256, 64, 8, 4), Tile(64, 64, 4, 6, 2))
+"""For rows that are cheap to read often, and for more."""
 
 
 def enough(rows: int) -> int:
@@ -90,7 +100,7 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.dtype.itemsize != 2 or kind.inputs % 8 or kind.lines * kind.inputs >= 2**31:
         return []
     if kind.nbytes > SMALL:
-        cuts = [_filling(kind, cut, halves) for cut in (FEW if kind.rows <= FEWEST else MANY)]
+        cuts = [_filling(kind, tile, halves) for tile in (FEW if kind.rows <= CHEAP else MANY)]
         return [cut for cut in dict.fromkeys(cuts) if kind.outputs % cut.out == 0]
     wide = 16 if kind.lines <= 2048 else 32 // halves
     if kind.outputs % wide:
@@ -103,17 +113,18 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     return cuts
 
 
-def _filling(kind: Kind, cut: Cut, halves: int) -> Cut:
-    """A cut of lines as one of outputs, the inputs split until programs fill the device, all of them at once."""
-    blocks = -(-kind.lines // cut.out)
-    most = min(SPLITS, kind.inputs // (STEPS * cut.into), cut.splits * _processors(kind.device) // blocks)
-    return cut._replace(out=cut.out // halves, splits=max(1, most))
+def _filling(kind: Kind, tile: Tile, halves: int) -> Cut:
+    """The inputs split until programs fill the device, all of them at once."""
+    blocks = -(-kind.lines // tile.lines)
+    most = min(SPLITS, kind.inputs // (STEPS * tile.into), tile.beside * _processors(kind.device) // blocks)
+    return Cut(tile.lines // halves, tile.into, tile.warps, tile.stages, max(1, most))
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    there = torch.cuda.is_available()
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if there else PROCESSORS
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def parts_of(inputs: int, into: int) -> int:

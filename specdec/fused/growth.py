@@ -1,7 +1,7 @@
 """Launches that grow trees: two a level and one for the tree; `specdec.drafting.growth` says what they compute.
 
-Every share of every frontier node's vocabulary finds its likeliest drafts; then one program a request merges them,
-notes the level's candidates and picks the frontier; in the end one program a request draws the tree.
+Every share of every frontier node's vocabulary finds its likeliest drafts; then they are merged for each request,
+its candidates noted and its frontier picked; in the end one program a request draws the tree.
 
 Dimension legend: B requests, K width, C candidates, H head size, N nodes, Vd draft vocabulary.
 """

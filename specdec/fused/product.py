@@ -1,4 +1,4 @@
-"""A layer's product for few rows in one launch, with what comes before and after.
+"""A layer's product for few rows in one launch, with what comes before and after; of many rows, a norm is one before.
 
 Dimension legend: R rows, W inputs, O outputs.
 """
@@ -22,7 +22,9 @@ def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut, *, plus: Tensor | None = None,
     factor: Tensor | None = None, eps: float = 0.0, paired: bool = False,
 ) -> Tensor:  # fmt: skip
-    """after(norm(x) W^T + bias) + plus for a few rows, in one launch.
+    """after(norm(x) W^T + bias) + plus for a few rows.
+
+    Where the cut splits the inputs, all such products of a device must be in one order: they count in one place.
 
     Args:
         x: [..., W], R rows in all, at most 64.
@@ -39,6 +41,7 @@ def product(
     outputs, rows = lines // (2 if paired else 1), x.numel() // inputs
     y = x.new_empty(*x.shape[:-1], outputs)
     blocks = -(-outputs // cut.out)
+    assert cut.splits == 1 or (blocks <= BLOCKS and outputs % cut.out == 0), "not a cut for this product"
     given = (x.contiguous(), weight, bias, None if plus is None else plus.contiguous(), factor, y)
     sizes = {
         "PAIRED": paired,

@@ -1,6 +1,6 @@
 """The Triton kernels of a layer's products of few rows, with what comes before and after them.
 
-Imported only by functions that are about to launch or compile them, because it imports triton. Shapes of both:
+Imported only by functions that are about to launch or compile them, because it imports triton. Shapes of all:
 x [rows, inputs], weight [outputs, inputs], y and the residual `plus` [rows, outputs], all dense, `bias` [outputs], and
 `factor` [inputs], the weight of a norm that comes first; None drops the code of each. Where PAIRED, the weight and the
 bias have twice as many rows, and a gated activation makes one output of each pair o, outputs + o.

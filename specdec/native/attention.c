@@ -1,8 +1,8 @@
 /* Attention of a few rows over the keys and values of their own request: committed rows, then tree rows by ancestor bit.
  *
- * Rows lie side by side, so scores, weights and their sums are made for a vector of rows at once. A score depends on its
- * query and key alone, hidden keys add exactly zero, and weighted values are summed over the keys as they are stored. So a
- * tree node's result is, bit by bit, what the same path gives alone.
+ * Rows lie side by side, so scores, weights and their sums are made for a vector of rows at once; up to four rows share a
+ * vector with those of the next keys. A score depends on its query and key alone, hidden keys add exactly zero, and weighted
+ * values are summed over the keys as they are stored. So a tree node's result is, bit by bit, what the same path gives alone.
  */
 #include <math.h>
 #include <omp.h>

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-/* How bfloat16 is multiplied: widened, by AVX-512's pairs (heads divisible by 2), by AMX's tiles (by 32). */
+/* How bfloat16 is multiplied: widened, by AVX-512's pairs (heads divisible by 8), by AMX's tiles (by 32). */
 enum { BY_FLOATS = 0, BY_PAIRS = 1, BY_TILES = 2 };
 
 typedef struct {

@@ -1,8 +1,8 @@
 /* Scores of queries with keys: by tiles (AMX), by pairs of bfloat16 (AVX-512 BF16), or float by float.
  *
  * Queries are turned, so that rows lie side by side: a strip holds as many rows as a vector, number by number of the head,
- * or pair by pair. Scores stand the same way, key by key. A score depends on its query and key alone, and is summed over the
- * head in order, whatever the other rows and keys.
+ * or pair by pair. Scores stand the same way, key by key; four rows or fewer stand beside themselves, for several keys at
+ * once. A score depends on its query and key alone, and is summed over the head in order, whatever the other rows and keys.
  */
 #include "kernels.h"
 #include "vectors.h"
@@ -100,36 +100,36 @@ INLINE void all_strips(const uint32_t *keys, const floats *turned, long words, l
 #define VECTORS (REGISTERS == 32 ? 8 : 4)
 
 /* Scores of four rows with so many vectors of keys: each is read once, four words at a time. */
-INLINE void block_of_fours(const uint32_t *key, const floats *turned, long words, float *scores, const int vectors,
+INLINE void block_of_four(const uint32_t *key, const floats *turned, long words, float *scores, const int vectors,
                            const int kind) {
     floats total[VECTORS];
     UNROLL for (int i = 0; i < vectors; i++) total[i] = (floats){0};
     for (long i = 0; i < vectors * KEYS * words; i += LINE_WORDS) __builtin_prefetch(key + AHEAD * words + i);
     for (long d = 0; d < words; d += 4) {
         UNROLL for (int i = 0; i < vectors; i++) {
-            const floats fours = gather_fours(key + i * KEYS * words + d, words);
-            UNROLL for (int n = 0; n < 4; n++) total[i] = added(total[i], turned[d + n], spread_fours(fours, n), kind);
+            const floats some = gather_fours(key + i * KEYS * words + d, words);
+            UNROLL for (int n = 0; n < 4; n++) total[i] = added(total[i], turned[d + n], spread_fours(some, n), kind);
         }
     }
     UNROLL for (int i = 0; i < vectors; i++) *(floats *)(scores + i * LANES) = total[i];
 }
 
-/* The last keys, fewer than a vector's, are copied to `last`. */
-INLINE void fours(const uint32_t *keys, const floats *turned, long words, long count, float *scores, uint32_t *last,
-                  const int kind) {
+/* The last keys, fewer than a vector's, are copied to `beyond`. */
+INLINE void four_rows(const uint32_t *keys, const floats *turned, long words, long count, float *scores, uint32_t *beyond,
+                      const int kind) {
     long j = 0;
     for (; j + VECTORS * KEYS <= count; j += VECTORS * KEYS)
-        block_of_fours(keys + j * words, turned, words, scores + j * FOUR, VECTORS, kind);
-    for (; j + KEYS <= count; j += KEYS) block_of_fours(keys + j * words, turned, words, scores + j * FOUR, 1, kind);
+        block_of_four(keys + j * words, turned, words, scores + j * FOUR, VECTORS, kind);
+    for (; j + KEYS <= count; j += KEYS) block_of_four(keys + j * words, turned, words, scores + j * FOUR, 1, kind);
     if (j == count) return;
-    memset(last, 0, (size_t)(KEYS * words) * sizeof *last);
-    memcpy(last, keys + j * words, (size_t)((count - j) * words) * sizeof *last);
-    block_of_fours(last, turned, words, scores + j * FOUR, 1, kind);
+    memset(beyond, 0, (size_t)(KEYS * words) * sizeof *beyond);
+    memcpy(beyond, keys + j * words, (size_t)((count - j) * words) * sizeof *beyond);
+    block_of_four(beyond, turned, words, scores + j * FOUR, 1, kind);
 }
 
 INLINE void all_rows(const uint32_t *keys, const floats *turned, long words, long count, float *scores, long wide,
                      uint32_t *beyond, const int kind) {
-    if (wide < LANES) fours(keys, turned, words, count, scores, beyond, kind);
+    if (wide < LANES) four_rows(keys, turned, words, count, scores, beyond, kind);
     else all_strips(keys, turned, words, count, scores, wide, kind);
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreted import tell, told
+from sm90 import assembled, spilled
 from torch import Tensor
 
 from specdec import tree as trees
@@ -174,6 +176,21 @@ def main() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_do_what_torch_does(name: str) -> None:
     assert told(__file__, name)
+
+
+def test_kernels_of_pairs_compile_for_sm_90(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from specdec.fused.pairs_kernels import keep_kernel, leave_kernel, take_kernel
+
+    constants = {"WIDTH": 8, "BLOCK": 1024}
+    whole = ("kept", "emitted", "slots", "waiting", "tokens", "to_tokens", "lengths", "first", "indices")
+    for kernel in (keep_kernel, take_kernel, leave_kernel):
+        kinds = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(whole, "*i64")
+        kinds |= dict.fromkeys(("nodes", "width", "room", "hidden"), "i32")
+        even = [name for name in kernel.arg_names if name not in {*constants, "nodes", "room"}]
+        report = assembled(kernel, kinds, constants, even, {"num_warps": 4}, tmp_path)
+        assert spilled(report) == (0, 0), report
+        assert "griddepcontrol.wait" in (tmp_path / "kernel.ptx").read_text(), "starts too early"
 
 
 @pytest.mark.gpu
