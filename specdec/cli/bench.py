@@ -17,6 +17,8 @@ examples:
   specdec bench speed --prompts bench/prompts/*.jsonl --drafts ngram,head,auto --limit 10
   specdec bench speed --prompts questions.jsonl --drafts ./my-head --no-transformers --tree 7/10/60"""
 
+DEPTHS = 4  # of which the table shows alpha
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     else:
-        Console().print(table(rows))
+        # a file has no width of its own, and eighty columns would cut the intervals
+        Console(width=None if sys.stdout.isatty() else 150).print(table(rows))
         sys.stderr.write(f"peak resident memory of generate: {rows[0]['generate_peak_mb']} MB\n")
     return 0
 
@@ -86,7 +89,7 @@ def _names(text: str) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
-    """Rows as a rich table."""
+    """Rows as a rich table; alpha of the first `DEPTHS` depths only, since lookups draft a dozen and more."""
     from rich.table import Table
 
     out = Table(title="tokens/s include prefill; intervals are 95% over prompts")
@@ -98,27 +101,27 @@ def table(rows: list[dict[str, Any]]) -> Any:
         "decode only",
         "over transformers",
         "tau",
-        "alpha",
+        f"alpha to {DEPTHS}",
         "same tokens",
     ):
-        out.add_column(column)
+        out.add_column(column, overflow="fold")
     for row in rows:
         out.add_row(
             row["set"],
             row["system"],
-            _with_ci(row, "tokens_per_second"),
+            _with_ci(row, "tokens_per_second", digits=1),
             _with_ci(row, "over_plain"),
             _with_ci(row, "decode_over_plain"),
             _with_ci(row, "over_transformers"),
-            str(row.get("tau", "")),
-            " ".join(f"{a:.2f}" for a in row.get("alpha", [])),
+            f"{row['tau']:.2f}" if "tau" in row else "",
+            " ".join(f"{a:.2f}" for a in row.get("alpha", [])[:DEPTHS]),
             str(row.get("same_tokens_as_plain", "")),
         )
     return out
 
 
-def _with_ci(row: dict[str, Any], key: str) -> str:
+def _with_ci(row: dict[str, Any], key: str, digits: int = 2) -> str:
     if key not in row:
         return ""
     low, high = row[f"{key}_ci"]
-    return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{row[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
