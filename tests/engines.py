@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tiny
 import torch
@@ -39,13 +40,13 @@ def attention_of(target: Target) -> str:
     return target.decoder.attention.name
 
 
-def random_head(target: Target, ids: Iterable[int], seed: int = 0) -> DraftHead:
-    """A head for a tiny target with random weights, whose draft vocabulary is `ids`."""
+def random_head(target: Target, ids: Iterable[int], seed: int = 0, **changes: Any) -> DraftHead:
+    """A head for a tiny target with random weights, whose draft vocabulary is `ids`; its config with `changes`."""
     kept, info = sorted(set(ids)), target.info
     config = HeadConfig(hidden=info.hidden, target_hidden=info.hidden, taps=(1, 4, 6), intermediate=64, heads=4,
                         kv_heads=2, head_dim=12, vocab=info.vocab, draft_vocab=len(kept), max_length=512,
                         fingerprint=info.fingerprint)  # fmt: skip
-    head, generator = DraftHead(config), torch.Generator().manual_seed(seed)
+    head, generator = DraftHead(replace(config, **changes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.errors import SpecdecError, UnsupportedError
 from specdec.head.config import HeadConfig, default_taps
-from specdec.head.model import DraftHead
+from specdec.head.model import SPARE, DraftHead
 from specdec.layers.linear import Projection
 from specdec.target.lean import Block
 from specdec.target.load import LeanTarget
@@ -106,6 +106,7 @@ def build(target: Target, config: HeadConfig, vocabulary: Vocabulary, features: 
     """
     generator = torch.Generator().manual_seed(recipe.trainer.seed)
     head = DraftHead(config)
+    head.reserve(recipe.data.max_length + SPARE)
     matrix = target.output_embedding()
     rows = matrix[vocabulary.ids.to(matrix.device)].cpu()
     parts = len(config.taps) if config.fc_norm else int(config.norm_before_fc)

@@ -65,13 +65,14 @@ def tree_rows(slots: Tensor, lengths: Tensor, tree: DraftTree, *, spans: bool = 
     return Rows(index, lengths, positions, tree.ancestors, 0, positions)
 
 
-def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Tensor, offset: int) -> Rows:
+def level_rows(slots: Tensor, lengths: Tensor, positions: Tensor, ancestors: Tensor, offset: int,
+               tree_positions: Tensor | None = None) -> Rows:  # fmt: skip
     """Rows of one drafting level: n new rows behind `offset` older rows of the same round.
 
-    positions int64 [B, n], ancestors int64 [B, n] over all tree rows so far.
+    positions int64 [B, n], ancestors int64 [B, n] over all tree rows so far, tree_positions int64 [B, offset + n].
     """
     index = _index(slots, lengths + offset, positions.shape[1], spans=True)
-    return Rows(index, lengths, positions, ancestors, offset)
+    return Rows(index, lengths, positions, ancestors, offset, tree_positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +83,28 @@ class Levels:
         slots, lengths: int64 [B].
         positions, indices: int64 [levels, B, K], RoPE positions and cache rows of the second level's nodes, the third
             level's, ...: the first level costs no rows.
+        windowed: are the positions of older levels wanted, too?
     """
 
     slots: Tensor
     lengths: Tensor
     positions: Tensor
     indices: Tensor
+    windowed: bool = False
 
     @staticmethod
-    def of(slots: Tensor, lengths: Tensor, width: int, levels: int) -> Levels:
+    def of(slots: Tensor, lengths: Tensor, width: int, levels: int, windowed: bool = False) -> Levels:
         """Of so many levels with K = `width` nodes a request."""
         row = torch.arange(levels * width, device=lengths.device).view(levels, 1, width)
-        return Levels(slots, lengths, row // width + lengths[:, None], row + lengths[:, None])
+        return Levels(slots, lengths, row // width + lengths[:, None], row + lengths[:, None], windowed)
 
     def rows(self, level: int, ancestors: Tensor) -> Rows:
         """`level_rows` of one level, the first with rows being 0."""
         index = RowIndex(self.slots, self.indices[level])
-        return Rows(index, self.lengths, self.positions[level], ancestors, level * self.indices.shape[2])
+        older = self.positions[: level + 1].transpose(0, 1).flatten(1) if self.windowed else None
+        return Rows(
+            index, self.lengths, self.positions[level], ancestors, level * self.indices.shape[2], older
+        )
 
 
 class TreeAttention(Protocol):

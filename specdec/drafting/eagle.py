@@ -73,6 +73,7 @@ class EagleDrafter:
         self.head, self.embed, self.attention = head, embed, attention
         self.taps = head.config.taps
         self.cache = KVCache(head.cache_shape(), slots, length + MAX_NODES + TOGETHER)
+        head.reserve(self.cache.length)
         self.last = torch.zeros(slots, head.config.hidden, dtype=head.dtype, device=head.device)
         self.lanes = [_Lane() for _ in range(slots)]
 
@@ -133,14 +134,17 @@ class EagleDrafter:
         """
         assert not (context.fixed and shape.node_floor > 0), "levels of a fixed round are equally wide"
         growth = growth_of(self.head.ids, shape, self.head.dtype)
-        levels = (
-            Levels.of(context.slots, context.lengths, growth.width, shape.depth - 1)
-            if context.fixed
-            else None
-        )
+        windowed = self.head.config.window is not None
+        levels, positions = None, list[Tensor]()
+        if context.fixed:
+            levels = Levels.of(context.slots, context.lengths, growth.width, shape.depth - 1, windowed)
         frontier_y = growth.level(self.head.logits(y[:, None]), y[:, None])
         while growth.worth_another():
-            rows = _level(context, growth) if levels is None else levels.rows(growth.depth - 1, growth.bits)
+            rows = (
+                _level(context, growth, positions)
+                if levels is None
+                else levels.rows(growth.depth - 1, growth.bits)
+            )
             frontier_y = self.forward(growth.tokens, self.head.feedback(frontier_y), rows)
             frontier_y = growth.level(self.head.logits(frontier_y), frontier_y)
         return replace(growth.finish(context.roots), levels=growth.depth)
@@ -149,14 +153,15 @@ class EagleDrafter:
         """A chain drawn token by token from the head's distribution at the request's temperature, with that
         distribution over the target's vocabulary: what block verification needs to stay exact."""
         assert context.draws is not None and context.temperature is not None, "sampled chains need draws"
-        tokens, probs = [context.roots], []
+        tokens, probs, positions = [context.roots], [], list[Tensor]()
         rows = torch.arange(len(y), device=y.device)
         own = torch.zeros(len(y), 1, dtype=torch.int64, device=y.device)
         for depth in range(1, shape.depth + 1):
             if depth > 1:
                 own = own | (1 << (depth - 2))
-                position = (context.lengths + depth - 2)[:, None]
-                step = level_rows(context.slots, context.lengths, position, own, depth - 2)
+                positions.append((context.lengths + depth - 2)[:, None])
+                step = level_rows(context.slots, context.lengths, positions[-1], own, depth - 2,
+                                  torch.cat(positions, dim=1))  # fmt: skip
                 y = self.forward(tokens[-1][:, None], self.head.feedback(y)[:, None], step)[:, 0]
             q = spread(self.head.logits(y).float(), context.temperature)
             drawn = draw(q, context.draws[:, depth - 1])
@@ -235,10 +240,12 @@ class EagleDrafter:
             self.lanes[slot].rows += count
 
 
-def _level(context: Context, growth: Growth) -> Rows:
-    """Where the frontier's rows go: tokens just drafted, behind those of the levels before."""
-    position = (context.lengths + growth.depth - 1)[:, None].expand_as(growth.tokens)
-    return level_rows(context.slots, context.lengths, position, growth.bits, growth.rows_before)
+def _level(context: Context, growth: Growth, positions: list[Tensor]) -> Rows:
+    """Where the frontier's rows go: tokens just drafted, behind those of the levels before, whose `positions` it adds
+    its own to."""
+    positions.append((context.lengths + growth.depth - 1)[:, None].expand_as(growth.tokens))
+    return level_rows(context.slots, context.lengths, positions[-1], growth.bits, growth.rows_before,
+                      torch.cat(positions, dim=1))  # fmt: skip
 
 
 def _rows(x: Tensor, n: int) -> Tensor:

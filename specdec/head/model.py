@@ -28,6 +28,8 @@ from specdec.layers.norm import RMSNorm, normed
 from specdec.layers.rope import Angles, Rope, frequencies
 from specdec.layers.whole import Parts, Whole, whole
 
+SPARE = 128  # positions behind the last that a request can use: trees look past it
+
 Attend = Callable[[Heads, float], Tensor]
 """(the rows' queries, keys and values, not yet turned; scale) -> [B, N, heads, D]."""
 
@@ -61,6 +63,7 @@ class DraftHead(nn.Module):
         self.scale = 1.0 / math.sqrt(c.head_dim)
         self.whole: Whole | None = None
         self._rope: Rope | None = None
+        self._positions = config.max_length + SPARE
 
     @property
     def device(self) -> torch.device:
@@ -75,8 +78,14 @@ class DraftHead(nn.Module):
         if self._rope is None:
             c = self.config
             inverse = frequencies(c.head_dim, c.theta, c.scaling)
-            self._rope = Rope(inverse, c.max_length + 128, self.dtype, self.device)
+            self._rope = Rope(inverse, self._positions, self.dtype, self.device)
         return Angles(self._rope, positions)
+
+    def reserve(self, positions: int) -> None:
+        """Make the rotary tables reach so far. A head follows its target: those of EAGLE's authors say 2048 whatever the
+        target's context, and engines raise it."""
+        if positions > self._positions:
+            self._positions, self._rope = positions, None
 
     def cache_shape(self) -> CacheShape:
         return CacheShape(1, self.config.kv_heads, self.config.head_dim, self.dtype, self.device)

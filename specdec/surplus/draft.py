@@ -148,6 +148,7 @@ class HeadReader:
         taps = document.taps[:-1, list(self.settings.columns)].flatten(1).to(device, self.head.dtype)
         reading = _Reading(self.head.config.window)
         outputs: list[Tensor] = []
+        self.head.reserve(len(document.ids) + self.settings.depths)
         g = self.head.fuse(taps[None])
         for j in range(1, self.settings.depths + 1):
             tokens = document.ids[None, j:].to(device)

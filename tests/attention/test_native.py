@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from specdec.attention.native import NativeAttention
-from specdec.attention.protocol import Rows, chunk_rows, level_rows, tree_rows
+from specdec.attention.protocol import Levels, Rows, chunk_rows, level_rows, tree_rows
 from specdec.attention.reference import ReferenceAttention
 from specdec.cache import CacheShape, KVCache
 from specdec.errors import UnsupportedError
@@ -166,9 +164,21 @@ def test_what_has_no_kernel_is_refused_by_name() -> None:
         )
 
 
+def test_levels_of_equal_width_know_the_positions_of_older_ones() -> None:
+    slots, lengths, bits = torch.tensor([2, 0]), torch.tensor([9, 4]), torch.ones(2, 3, dtype=torch.int64)
+    levels, positions = Levels.of(slots, lengths, 3, 4, windowed=True), []
+    for level in range(4):
+        positions.append((lengths + level)[:, None].expand(2, 3))
+        got, wanted = levels.rows(level, bits), torch.cat(positions, dim=1)
+        alike = level_rows(slots, lengths, positions[-1], bits, 3 * level, wanted)
+        assert torch.equal(got.positions, alike.positions)
+        assert torch.equal(got.index.indices, alike.index.indices)
+        assert got.offset == alike.offset
+        assert got.tree_positions is not None
+        assert torch.equal(got.tree_positions, wanted)
+
+
 def test_a_window_needs_the_positions_of_older_tree_rows() -> None:
-    rows = replace(
-        level_rows(torch.tensor([0]), torch.tensor([5]), torch.tensor([[7]]), torch.tensor([[0b101]]), 2)
-    )
+    rows = level_rows(torch.tensor([0]), torch.tensor([5]), torch.tensor([[7]]), torch.tensor([[0b101]]), 2)
     with pytest.raises(AssertionError):
         NativeAttention().plan(rows, _cache(16, 1, torch.float32), 4)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import engines
 import pytest
@@ -89,9 +91,9 @@ def _together(target: Target, drafter: Drafter, shape: Shape, settings: Settings
     return [r.output for r in requests], machine.counters.tau
 
 
-def _head_drafter(target: Target, answers: Sequence[Sequence[int]]) -> EagleDrafter:
+def _head_drafter(target: Target, answers: Sequence[Sequence[int]], **changes: Any) -> EagleDrafter:
     ids = {token for answer in answers for token in answer} | set(range(40, 48))
-    return engines.eagle(target, engines.random_head(target, ids))
+    return engines.eagle(target, engines.random_head(target, ids, **changes))
 
 
 @pytest.mark.parametrize(("arch", "backend"), BOTH)
@@ -210,10 +212,17 @@ def test_a_plain_request_among_speculating_ones_stays_plain(target_of: Targets, 
     assert requests[1].counters.drafted > 0
 
 
-def test_tree_scores_are_the_heads_own_along_every_path(target_of: Targets, plain: Callable) -> None:
-    """Depth-k parity: what the drafter computes level by level over its cache, the head computes from nothing."""
+@pytest.mark.parametrize("changes", [{}, {"window": 5}, {"max_length": 8}], ids=str)
+def test_tree_scores_are_the_heads_own_along_every_path(
+    target_of: Targets, plain: Callable, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depth-k parity: what the drafter computes level by level over its cache, the head computes from nothing.
+
+    Also where the head slides a window, and past the context its own config tells.
+    """
+    monkeypatch.setattr("specdec.head.model.SPARE", 1)
     target, wanted = target_of("llama"), plain("llama", "lean", "greedy")
-    drafter = _head_drafter(target, wanted)
+    drafter = _head_drafter(target, wanted, **changes)
     machine = engines.engine(target, drafter, Shape(4, 6, 20))
     seen: list[tuple[tuple[int, ...], DraftTree, int]] = []
     propose = drafter.propose
@@ -243,7 +252,7 @@ def test_tree_scores_are_the_heads_own_along_every_path(target_of: Targets, plai
 def _path_scores(target: Target, head: DraftHead, text: Sequence[int], path: Sequence[int]) -> list[float]:
     """Log-probability of every beginning of `path` after `text` under the head, by whole dense forwards."""
     slot, tokens = torch.tensor([0]), torch.tensor([text])
-    length = len(text) - 1
+    length, attend = len(text) - 1, partial(_causal, head.config.window)
     with torch.inference_mode():
         cache = KVCache(target.info.cache, 1, length)
         features = target.forward(
@@ -252,7 +261,7 @@ def _path_scores(target: Target, head: DraftHead, text: Sequence[int], path: Seq
         g, after = head.fuse(features), tokens[:, 1:]
         scores, total = [], 0.0
         for token in path:
-            y = head(target.embed(after), g, head.angles(torch.arange(after.shape[1])[None]), _causal)
+            y = head(target.embed(after), g, head.angles(torch.arange(after.shape[1])[None]), attend)
             column = int((head.ids == token).nonzero())
             total += float(head.logits(y)[0, -1].log_softmax(-1)[column])
             scores.append(total)
@@ -261,9 +270,12 @@ def _path_scores(target: Target, head: DraftHead, text: Sequence[int], path: Seq
     return scores
 
 
-def _causal(heads: Heads, scale: float) -> Tensor:
+def _causal(window: int | None, heads: Heads, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in heads.turned())
+    row = torch.arange(q.shape[2])
+    back = row[:, None] - row
+    sees = (back >= 0) & (back < (window or len(row)))
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        q, k, v, attn_mask=sees, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2)
