@@ -82,8 +82,8 @@ class DraftHead(nn.Module):
         return Angles(self._rope, positions)
 
     def reserve(self, positions: int) -> None:
-        """Make the rotary tables reach so far. A head follows its target: those of EAGLE's authors say 2048 whatever the
-        target's context, and engines raise it."""
+        """Make the rotary tables reach so far. A head follows its target: those of EAGLE's authors say 2048 whatever
+        the target's context, and engines raise it."""
         if positions > self._positions:
             self._positions, self._rope = positions, None
 

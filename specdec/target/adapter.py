@@ -70,9 +70,11 @@ class HFTarget:
         """See `Target.forward`."""
         tapped: dict[int, Tensor] = {}
         running = bridge.Pass(rows, cache, self.attention)
+        # drafts may stand past the last position: they are never emitted, but learned positions have no row there
+        positions = rows.positions.clamp(max=self.info.max_length - 1)
         with bridge.flying(running), _tapping(self._parts.layers, taps, tapped):
             final = self._parts.base(
-                input_ids=tokens, position_ids=rows.positions, use_cache=True, **self._cache
+                input_ids=tokens, position_ids=positions, use_cache=True, **self._cache
             ).last_hidden_state.to(self.info.device)
         features = torch.cat([tapped[k].to(final.device) for k in taps], dim=-1) if taps else final[..., :0]
         return States(final, features)
@@ -266,7 +268,7 @@ def _info(model: PreTrainedModel, probe: bridge.Probe, name: str, stop_ids: tupl
         vocab=weight.shape[0],
         hidden=weight.shape[1],
         layers=layers,
-        max_length=int(getattr(config, "max_position_embeddings", 2048)),
+        max_length=anatomy.steady_length(config),
         stop_ids=stop_ids,
         dtype=model.dtype,
         device=device,

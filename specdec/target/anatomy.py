@@ -19,6 +19,7 @@ Readout = Callable[[Tensor], Tensor]
 
 RECURRENT = ("linear", "conv", "mamba", "hybrid", "recurrent")
 OTHERS = {"chunked": "chunked attention", "indexed": "sparse attention", "compressed": "compressed attention"}
+FORWARD_WIDE = ("longrope", "dynamic")  # rope types that choose frequencies for a whole forward
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 
 
@@ -105,6 +106,23 @@ def final_norm(model: PreTrainedModel) -> tuple[Tensor, float]:
 def _is_norm(module: nn.Module, hidden: int) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and tuple(weight.shape) == (hidden,)
+
+
+def steady_length(config: PretrainedConfig) -> int:
+    """Positions up to which a row's rotary angles are its own.
+
+    LongRoPE and dynamic scalings look at the longest position of a forward: past their first length a neighbour or a
+    guess that is never accepted would change everybody's angles.
+    """
+    longest = int(getattr(config, "max_position_embeddings", 2048))
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for each in [
+        rope,
+        *(part for part in rope.values() if isinstance(part, Mapping)),
+    ]:  # some differ by layer type
+        if each.get("rope_type") in FORWARD_WIDE:
+            longest = min(longest, int(each.get("original_max_position_embeddings") or longest))
+    return longest
 
 
 def readouts(config: PretrainedConfig) -> Mapping[str, Readout]:

@@ -13,7 +13,9 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     BloomConfig,
+    GPT2Config,
     GptOssConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -128,6 +130,32 @@ def test_a_readout_it_cannot_explain_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(anatomy, "readouts", lambda _: {"plain": lambda logits: logits})
     with pytest.raises(UnsupportedError, match=r"GraniteForCausalLM: .*differ from its own"):
         adapt(tiny.build("granite"), "granite")
+
+
+SHORT, LONG = [1.0] * 4, [1.0, 2.0, 4.0, 8.0]
+PHI = {k: v for k, v in tiny.COMMON.items() if k != "head_dim"} | {"num_hidden_layers": 2}
+ENDS = {
+    "learned positions": lambda: GPT2Config(vocab_size=128, n_embd=48, n_layer=2, n_head=6, n_positions=64,
+                                            initializer_range=0.15),
+    "longrope": lambda: Phi3Config(**PHI, original_max_position_embeddings=64, sliding_window=None, rope_scaling={
+        "type": "longrope", "short_factor": SHORT, "long_factor": LONG}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ENDS)
+@torch.inference_mode()
+def test_guesses_past_the_last_position_change_nothing(what: str) -> None:
+    """Learned positions have no row there, and LongRoPE would turn every row by other frequencies."""
+    target = adapt(model_of(ENDS[what]()), what)
+    assert target.info.max_length == 64
+    text, slot = tokens_of(1, 62), torch.zeros(1, dtype=torch.int64)
+    tree = build(tokens_of(1, 5, seed=2), torch.tensor([[0, 0, 1, 2, 3]]))
+    finals = []
+    for nodes in (tree, build(tree.tokens[:, :2], tree.parents[:, :2])):
+        cache = KVCache(target.info.cache, 1, 80)
+        target.forward(text, chunk_rows(slot, slot, 62), cache, ())
+        finals.append(target.forward(nodes.tokens, tree_rows(slot, slot + 62, nodes), cache, ()).final[:, :2])
+    torch.testing.assert_close(*finals)
 
 
 def test_mixed_head_sizes_share_one_cache() -> None:
