@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from specdec.attention.protocol import Rows, TreeAttention
 from specdec.cache import CacheShape, KVCache
-from specdec.errors import UnsupportedError
+from specdec.errors import CheckpointError, UnsupportedError
 from specdec.layers.embedding import embedded
 from specdec.layers.heads import Heads
 from specdec.layers.linear import Projection, pack
@@ -27,6 +27,10 @@ from specdec.layers.whole import Parts, Whole, whole
 from specdec.target.protocol import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BIASED = (
+    "llama",
+    "qwen3",
+)  # families whose `attention_bias` means something; qwen2 always has it on q, k and v
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +56,20 @@ class LeanConfig:
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> LeanConfig:
-        """Raises UnsupportedError naming what this decoder lacks; the adapter may still run it."""
+        """Raises UnsupportedError naming what this decoder lacks, where the adapter may still run it; CheckpointError
+        for a size that is not there."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise UnsupportedError("not a family of the lean decoder", field="model_type", value=family,
                                    allowed=", ".join(FAMILIES))  # fmt: skip
         _refuse_extras(config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        layers, heads = _count(config, "num_hidden_layers"), _count(config, "num_attention_heads")
+        bias = family in BIASED and bool(config.get("attention_bias", False))
         return LeanConfig(
-            vocab=int(config["vocab_size"]),
-            hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
+            vocab=_count(config, "vocab_size"),
+            hidden=_count(config, "hidden_size"),
+            intermediate=_count(config, "intermediate_size"),
             layers=layers,
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
@@ -72,12 +78,20 @@ class LeanConfig:
             theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             scaling=rope if _kind(rope) != "default" else None,
             max_length=int(config.get("max_position_embeddings", 2048)),
-            qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
-            out_bias=family != "qwen2" and bool(config.get("attention_bias", False)),
+            qkv_bias=family == "qwen2" or bias,
+            out_bias=bias,
             qk_norm=family == "qwen3",
             tied=bool(config.get("tie_word_embeddings", False)),
             windows=_windows(config, layers),
         )
+
+
+def _count(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError("says no size", field=f"{field} in config.json", value=value,
+                              allowed="a whole number from 1", remedy="Fetch the weights again.")  # fmt: skip
+    return value
 
 
 def _kind(rope: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ loading.py's business. Dimension legend: B requests, N rows, H hidden, A taps, V
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ from specdec.target.precision import fastest_dtype
 from specdec.target.protocol import States, Target, TargetInfo
 from specdec.target.selftest import self_test
 from specdec.target.source import Source
-from specdec.target.weights import assemble, check_names, lean_shapes
+from specdec.target.weights import EMBEDDING, HEAD, assemble, check_names, lean_shapes
 
 Prefer = Literal["auto", "lean", "adapter"]
 DtypeChoice = torch.dtype | Literal["auto"] | None
@@ -201,10 +201,19 @@ def _load_lean(files: TargetFiles, config: Config, dtype: torch.dtype, device: t
     sizes = LeanConfig.read(config)
     source = Source(files.directory)
     check_names(source.shapes, sizes)
+    sizes = _as_stored(sizes, source)
     decoder = assemble(sizes, source.take, ReferenceAttention(), dtype, device)
     choice = choose_attention(decoder.cache_shape(), sizes.heads, sorted(set(sizes.windows), key=str))
     decoder.attention = choice.attention
     return LeanTarget(decoder, _info(files, config, sizes, decoder), choice)
+
+
+def _as_stored(sizes: LeanConfig, source: Source) -> LeanConfig:
+    """Who went on training may have left an LM head of its own beside a config that still says tied: transformers takes
+    it then, and so do we."""
+    if not sizes.tied or HEAD not in source.shapes:
+        return sizes
+    return replace(sizes, tied=torch.equal(source.peek(EMBEDDING), source.peek(HEAD)))
 
 
 def _info(files: TargetFiles, config: Config, sizes: LeanConfig, decoder: LeanDecoder) -> TargetInfo:

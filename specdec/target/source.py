@@ -37,8 +37,14 @@ class Source:
 
     def take(self, name: str) -> Tensor:
         """A tensor, mapped; a pickle's can be taken once."""
+        tensor = self.peek(name)
+        self._held.pop(name, None)
+        return tensor
+
+    def peek(self, name: str) -> Tensor:
+        """A tensor, mapped, to be taken later."""
         if name in self._held:
-            return self._held.pop(name)
+            return self._held[name]
         with safe_open(self._home[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -107,6 +107,24 @@ def test_broken_weights_name_the_tensor(what: str, tmp_path: Path) -> None:
             loaded(path, prefer="adapter")
 
 
+def test_an_lm_head_of_its_own_beside_a_tied_config_counts(tmp_path: Path) -> None:
+    """As for transformers, which unties what differs."""
+    path = broken(tmp_path, lambda s: s.update({"lm_head.weight": torch.randn(tiny.VOCAB, tiny.HIDDEN)}))
+    lean, adapter = loaded(path, prefer="lean"), loaded(path, prefer="adapter")
+    torch.testing.assert_close(lean.output_embedding(), adapter.output_embedding())
+    assert lean.info.fingerprint == adapter.info.fingerprint
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "num_hidden_layers"])
+def test_a_config_without_a_size_is_named(size: str, tmp_path: Path) -> None:
+    path = tiny.save("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config[size]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=size):
+        loaded(path)
+
+
 def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     path = tiny.save("llama", tmp_path)
     weights = path / "model.safetensors"
