@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from math import isnan
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +66,14 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed: tokens after the first, over the seconds they took."""
-        return (len(self.token_ids) - 1) / self.seconds if self.seconds > 0 else float("nan")
+        """Decoding speed: tokens after the first, over the seconds they took; NaN where none came after it."""
+        after = len(self.token_ids) - 1
+        return after / self.seconds if after > 0 and self.seconds > 0 else float("nan")
 
     def stats(self) -> dict[str, Any]:
-        """`stats` of the JSON output."""
-        return {**self.counters.as_dict(), "tokens_per_second": round(self.tokens_per_second, 2)}
+        """`stats` of the JSON output, which has no NaN."""
+        speed = self.tokens_per_second
+        return {**self.counters.as_dict(), "tokens_per_second": None if isnan(speed) else round(speed, 2)}
 
 
 class SpecDecoder:
@@ -77,6 +83,7 @@ class SpecDecoder:
         self.loaded, self.engine = loaded, engine
         self.tokenizer = loaded.tokenizer
         self._ids = itertools.count()
+        self._turn = threading.Lock()  # around what touches the engine: threads take turns
         self._mail: dict[str, deque[Piece]] = {}  # pieces by running request, until their reader comes
 
     @classmethod
@@ -103,7 +110,9 @@ class SpecDecoder:
 
     def with_drafter(self, head: str | Path | None, options: Options | None = None) -> SpecDecoder:
         """The same loaded target under another drafter or tree; weights are shared."""
-        return SpecDecoder(self.loaded, make_engine(self.loaded.target, head, options or Options()))
+        other = SpecDecoder(self.loaded, make_engine(self.loaded.target, head, options or Options()))
+        other._turn = self._turn  # one target, one forward at a time
+        return other
 
     def encode(self, prompt: Prompt, *, chat: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt; text becomes a user turn of the chat template when there is one and `chat` is set."""
@@ -114,9 +123,14 @@ class SpecDecoder:
                 _check_text(prompt)
                 return tuple(self.tokenizer(prompt)["input_ids"])
             prompt = [{"role": "user", "content": prompt}]
-        if all(isinstance(part, int) for part in prompt):
-            return tuple(prompt)  # type: ignore[arg-type]
-        return self._render([dict(m) for m in prompt if isinstance(m, Mapping)])
+        prompt = _unpacked(prompt)
+        if all(isinstance(part, Integral) for part in prompt):
+            return tuple(int(part) for part in prompt)  # type: ignore[arg-type]
+        if not all(isinstance(part, Mapping) for part in prompt):
+            kinds = sorted({type(part).__name__ for part in prompt})
+            raise RequestError("is neither ids nor messages", field="prompt", value=", ".join(kinds),
+                               allowed="a text, whole numbers, or mappings with role and content")  # fmt: skip
+        return self._render([dict(message) for message in prompt])  # type: ignore[arg-type]
 
     def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         if not self.tokenizer.chat_template:
@@ -161,13 +175,15 @@ class SpecDecoder:
         Raises:
             RequestError: for a prompt or settings that cannot be served, before anything runs.
         """
-        settings = sampling or Sampling()
-        requests = [self.request(p, settings, chat=chat, speculate=speculate) for p in _as_list(prompts)]
-        errors: dict[str, str] = {}
-        for piece in self._drive(requests):
-            if piece.error:
-                errors[piece.request] = piece.error
+        requests = self._requests(prompts, sampling, chat, speculate)
+        errors = {piece.request: piece.error for piece in self._drive(requests) if piece.error}
         return [answer_of(request, errors.get(request.id)) for request in requests]
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None, chat: bool, speculate: bool
+    ) -> list[Request]:
+        settings = sampling or Sampling()
+        return [self.request(p, settings, chat=chat, speculate=speculate) for p in _as_list(prompts)]
 
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None, *, chat: bool = True, speculate: bool = True
@@ -186,19 +202,29 @@ class SpecDecoder:
             check_request(request, engine.limits.length, engine.target.info.vocab)
         mail = [self._mail.setdefault(request.id, deque()) for request in requests]
         try:
-            for request in requests:
-                engine.add(request)
-            while any(request.finish is None for request in requests) or any(mail):
-                yield from _emptied(mail)
-                if any(request.finish is None for request in requests):
-                    self._post(engine.step())
+            with self._turn:
+                for request in requests:
+                    engine.add(request)
+            going = True
+            while going:
+                with self._turn:
+                    if not any(mail) and any(request.finish is None for request in requests):
+                        self._post(engine.step())
+                    pieces = list(_emptied(mail))
+                    going = any(request.finish is None for request in requests)
+                yield from pieces
         finally:
-            for request in requests:
-                self._mail.pop(request.id, None)
-            if unfinished := [request for request in requests if request.finish is None]:
-                for request in unfinished:
-                    engine.cancel(request.id)
-                self._post(engine.step())
+            with self._turn:
+                self._leave(requests)
+
+    def _leave(self, requests: Sequence[Request]) -> None:
+        """Whoever drove them has gone: forget their mail, and free the slots of those that are unfinished."""
+        for request in requests:
+            self._mail.pop(request.id, None)
+        if unfinished := [request for request in requests if request.finish is None]:
+            for request in unfinished:
+                self.engine.cancel(request.id)
+            self._post(self.engine.step())
 
     def _post(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
@@ -206,20 +232,44 @@ class SpecDecoder:
                 self._mail[piece.request].append(piece)
 
     async def agenerate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = True,
+        speculate: bool = True,
     ) -> list[Answer]:
-        """`generate` in a thread; one call at a time per decoder."""
-        return await asyncio.to_thread(self.generate, prompts, sampling)
+        """`generate` in threads; calls may overlap, and cancelling one frees its slots."""
+        requests = await asyncio.to_thread(self._requests, prompts, sampling, chat, speculate)
+        errors = {p.request: p.error async for p in _in_threads(self._drive(requests)) if p.error}
+        return [answer_of(request, errors.get(request.id)) for request in requests]
 
-    async def astream(self, prompt: Prompt, sampling: Sampling | None = None) -> AsyncIterator[Piece]:
-        """`stream` in a thread; one call at a time per decoder."""
-        pieces = self.stream(prompt, sampling)
-        done = object()
-        try:
-            while (piece := await asyncio.to_thread(next, pieces, done)) is not done:
-                yield piece  # type: ignore[misc]
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
+    async def astream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, chat: bool = True, speculate: bool = True
+    ) -> AsyncIterator[Piece]:
+        """`stream` in threads; calls may overlap, and leaving one frees its slot."""
+        pieces = _in_threads(self.stream(prompt, sampling, chat=chat, speculate=speculate))
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+
+async def _in_threads(pieces: Iterator[Piece]) -> AsyncGenerator[Piece, None]:
+    """What a generator gives, each step in a thread. A thread cannot be interrupted: whoever is cancelled waits for the
+    end of its round, then closes the generator."""
+    done, step = object(), None
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, pieces, done))
+            piece = await asyncio.shield(step)
+            if piece is done:
+                return
+            assert isinstance(piece, Piece)
+            yield piece
+    finally:
+        if step is not None:
+            await asyncio.wait([step])
+        pieces.close()  # type: ignore[attr-defined]
 
 
 def _emptied(mail: Sequence[deque[Piece]]) -> Iterator[Piece]:
@@ -235,6 +285,11 @@ def _check_text(text: str) -> None:
         raise RequestError(f"is not UTF-8 (character {error.start})", field="prompt") from None
 
 
+def _unpacked(prompts: Any) -> Any:
+    """Tensors and arrays as lists."""
+    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
+
+
 def _usable(device: str) -> str:
     try:
         torch.empty(0, device=device)
@@ -245,8 +300,9 @@ def _usable(device: str) -> str:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many? A list of ints or of messages is one; a list of anything else is many."""
-    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int | Mapping):
+    """One prompt or many? A list of ints or of messages is one; a list of anything else is many. Arrays are lists."""
+    prompts = _unpacked(prompts)
+    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], Integral | Mapping):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import engines
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -138,15 +141,64 @@ def test_asynchronous_faces(plain: SpecDecoder) -> None:
     assert streamed == whole == plain.generate("abc", SHORT)[0].text
 
 
+def test_a_timeout_frees_the_slot_and_leaves_others_alone(
+    plain: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads cannot be interrupted: the round that runs has to end before anybody else touches the engine."""
+    step = plain.engine.step
+    monkeypatch.setattr(plain.engine, "step", lambda: (time.sleep(0.01), step())[1])
+    long = Sampling(max_tokens=100, ignore_eos=True)
+
+    async def left() -> list[str]:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await plain.agenerate("abcabc", long)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                async for _ in plain.astream("abcabc", long):
+                    pass
+        assert not plain.engine.busy
+        both = await asyncio.gather(plain.agenerate("abc", SHORT), plain.agenerate("second", SHORT))
+        return [answers[0].text for answers in both]
+
+    assert asyncio.run(left()) == [answer.text for answer in plain.generate(["abc", "second"], SHORT)]
+
+
+def test_threads_share_a_decoder(plain: SpecDecoder) -> None:
+    prompts = [f"prompt {i}" for i in range(8)]
+    wanted = [answer.text for answer in plain.generate(prompts, SHORT)]
+    with ThreadPoolExecutor(4) as pool:
+        assert [a[0].text for a in pool.map(lambda p: plain.generate(p, SHORT), prompts)] == wanted
+    assert not plain.engine.busy
+
+
+def test_numbers_come_in_many_kinds(plain: SpecDecoder) -> None:
+    ids = [40, 41, 42]
+    wanted = plain.generate(ids, SHORT)[0].text
+    for kind in (torch.tensor(ids), np.array(ids), [np.int64(i) for i in ids]):
+        assert plain.generate(kind, SHORT)[0].text == wanted
+    assert len(plain.generate(torch.tensor([ids, ids]), SHORT)) == 2  # type: ignore[arg-type]
+
+
+def test_an_answer_of_one_token_has_no_speed(plain: SpecDecoder) -> None:
+    assert plain.generate("abc", Sampling(max_tokens=1))[0].stats()["tokens_per_second"] is None
+
+
 @pytest.mark.parametrize(
     ("prompt", "told"),
-    [("", "prompt: is empty"), ([], "prompt: is empty"), ("\ud800", "not UTF-8"), ([1, 500], "outside the vocabulary"),
+    [("", "prompt: is empty"), ([{"role": "user", "content": "a"}, "b"], "neither"), ([1, 2.0], "float, int"),
+     ([], "prompt: is empty"), ("\ud800", "not UTF-8"), ([1, 500], "outside the vocabulary"),
      ("x" * 600, "longer than the context"), ([{"role": "user", "content": "\udcff"}], "not UTF-8")],
 )  # fmt: skip
 def test_a_bad_prompt_is_refused_before_anything_runs(plain: SpecDecoder, prompt: object, told: str) -> None:
     with pytest.raises(RequestError, match=told):
         plain.generate(["fine", prompt], SHORT)  # type: ignore[list-item]
     assert not plain.engine.busy, "the good prompt was left behind"
+
+
+def test_more_tokens_than_any_memory_are_refused_before_numbers_are_drawn(plain: SpecDecoder) -> None:
+    with pytest.raises(RequestError, match="max_tokens"):
+        plain.generate("abc", Sampling(max_tokens=10**13, temperature=1.0))
 
 
 def test_messages_want_a_template_that_takes_them(model: Path) -> None:

@@ -135,14 +135,18 @@ class Request:
     arrived: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
-    uniforms: Tensor | None = None
 
     _seed: int | None = None
     _generator: torch.Generator | None = None
+    _uniforms: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if not self.sampling.greedy:
-            self.uniforms = uniforms(self.seed, self.sampling.max_tokens + MAX_NODES + 1)
+    @property
+    def uniforms(self) -> Tensor | None:
+        """u_t of every output position, float64; None for a greedy request. Drawn at first use, after `check_request`:
+        before it, max_tokens may be any number."""
+        if self._uniforms is None and not self.sampling.greedy:
+            self._uniforms = uniforms(self.seed, self.sampling.max_tokens + MAX_NODES + 1)
+        return self._uniforms
 
     @property
     def seed(self) -> int:

@@ -18,9 +18,9 @@ from toy import VOCAB, FakeDrafter, ToyTarget, neighbours
 from specdec import accept
 from specdec.accept import Verdict
 from specdec.drafting.protocol import Shape
+from specdec.engine import request as requests
 from specdec.engine import round as rounds
 from specdec.engine.engine import Limits
-from specdec.engine.request import Request
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree
 
@@ -107,13 +107,7 @@ def test_a_wrong_rule_is_rejected(wrong: Callable[..., Verdict], monkeypatch: py
 
 def test_draws_that_restart_every_round_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: the same random number for every position of an answer."""
-    create = Request.__post_init__
-
-    def frozen(request: Request) -> None:
-        create(request)
-        assert request.uniforms is not None
-        request.uniforms = request.uniforms[:1].expand_as(request.uniforms)
-
-    monkeypatch.setattr(Request, "__post_init__", frozen)
+    own = requests.uniforms
+    monkeypatch.setattr(requests, "uniforms", lambda seed, count: own(seed, 1).expand(count))
     counts, _ = _sample(PLAINLY)
     assert _p_value(counts, _law(PLAINLY)) < 1e-9
