@@ -242,9 +242,10 @@ def _truncate(logits: Tensor, batch: BatchSampling) -> Tensor:
     """Apply top-k, then top-p, then min-p, each on what the one before left."""
     v = logits.shape[-1]
     if bool((batch.top_k > 0).any()):
-        k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=v), v)
+        k = batch.top_k.clamp(max=v)
         largest = logits.topk(int(k.max()), dim=-1).values
-        edge = largest.gather(2, (k - 1)[:, None, None].expand(-1, logits.shape[1], 1))
+        edge = largest.gather(2, (k - 1).clamp(min=0)[:, None, None].expand(-1, logits.shape[1], 1))
+        edge = edge.masked_fill(k[:, None, None] == 0, -torch.inf)  # who asked for none keeps all
         logits = logits.masked_fill(logits < edge, -torch.inf)
     if bool((batch.top_p < 1).any()):
         logits = logits.masked_fill(logits < _nucleus_edge(logits, batch.top_p), -torch.inf)

@@ -40,7 +40,11 @@ class TextStream:
             return False
         searched = len(self.text)
         self.text += now[len(known) :]
-        self._start, self._read = self._read, len(self.ids)
+        if len(now) > len(
+            known
+        ):  # a window that began with a special token would lose the space of the next word
+            self._start = self._read
+        self._read = len(self.ids)
         return self._stop(searched)
 
     def _stop(self, searched: int) -> bool:

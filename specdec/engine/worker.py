@@ -94,12 +94,14 @@ class EngineWorker:
     def _turn(self) -> bool:
         """Take what arrived, run one step; False when closed and idle."""
         self._wake.clear()
+        # read first: whoever is cancelled was submitted before, and the engine forgets ids it does not know
+        cancelled = [self._cancels.popleft() for _ in range(len(self._cancels))]
         while self._inbox:
             request, deliver = self._inbox.popleft()
             self._deliver[request.id] = deliver
             self.engine.add(request)
-        while self._cancels:
-            self.engine.cancel(self._cancels.popleft())
+        for request_id in cancelled:
+            self.engine.cancel(request_id)
         if not self.engine.busy:
             with self._door:
                 if self._closing and not self._inbox:

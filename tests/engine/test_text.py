@@ -39,6 +39,21 @@ def test_bytes_that_never_become_a_character_are_shown_in_the_end() -> None:
     assert "".join(_feed(stream, b"\xff" * 12 + b"ok")[0]).endswith("ok")
 
 
+def test_a_word_behind_a_special_token_keeps_its_space() -> None:
+    """Decoders in the manner of SentencePiece strip the space of the first word they are given."""
+    words = ["", "\u2581Hello", "\u2581world", "."]
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(words[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+    stream, ids = TextStream(decode), [1, 0, 2, 3, 0, 0, 2]
+    shown = ""
+    for token in ids:
+        stream.push(token)
+        shown += stream.release()
+    assert shown == decode(ids) == "Hello world. world"
+
+
 def test_a_stop_string_is_found_across_tokens_and_cut() -> None:
     stream = TextStream(_bytes, ("END", "\n\n"))
     pieces, stopped = _feed(stream, b"one\ntwo ENtail END more")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from typing import Any
 
 import engines
 import pytest
@@ -84,6 +86,27 @@ def test_cancel_ends_one_request() -> None:
     assert len(heard.tokens) < 500
     assert other.finish() == "length"
     assert worker.close(PATIENCE)
+
+
+def test_a_request_that_comes_and_goes_within_a_turn_is_cancelled() -> None:
+    worker, heard = EngineWorker(_engine()), Listener()
+
+    class Inbox(deque[Any]):
+        """Another thread gets in just after the inbox was found empty."""
+
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            if not found and heard.pieces == [] and worker.load == (1, 0):
+                worker.submit(_request("1", 500), heard)
+                worker.cancel("1")
+            return found
+
+    worker.submit(_request("2", 500), Listener())
+    worker._turn()
+    worker._inbox = Inbox()
+    for _ in range(3):
+        worker._turn()
+    assert heard.finish() == "cancelled"
 
 
 def test_close_drains_what_was_queued_and_then_refuses() -> None:
