@@ -31,20 +31,35 @@ class Prefill:
 
     def place(self, request: Request, free: list[int]) -> None:
         """Choose a slot and take over the longest prefix that some slot already holds."""
-        shared = {slot: _common(held, request.prompt) for slot, held in enumerate(self.held)}
+        shared = self._shared(request)
         source = max(shared, key=shared.__getitem__)
         spent = source in free and shared[source] == len(self.held[source])  # else others may want its rest
         slot = source if spent else min(free, key=lambda s: (shared[s], len(self.held[s])))
-        rows = min(shared[source], len(request.prompt) - 1)
-        if request.prompt_logprobs is not None:
-            rows = 0  # logits are not kept: what is to be scored has to run
-        rows = self.drafter.reuse(source, slot, rows if rows >= WORTH_COPYING else 0)
+        rows = _spared(request, shared[source])
+        self._take_over(request, source, slot, rows if rows >= WORTH_COPYING else 0)
+
+    def _shared(self, request: Request) -> dict[int, int]:
+        """How many of the first tokens of its prompt each slot holds."""
+        return {slot: _common(held, request.prompt) for slot, held in enumerate(self.held)}
+
+    def _take_over(self, request: Request, source: int, slot: int, rows: int) -> None:
+        rows = self.drafter.reuse(source, slot, rows)
         self.cache.copy_prefix(source, slot, rows)
         request.slot, request.prefilled, request.reused = slot, rows, rows
         self.held[slot] = request.prompt[:rows]
 
+    def _look_again(self, request: Request) -> None:
+        """Requests that came together were placed before any of their prompts had run: the first has, by now."""
+        shared = self._shared(request)
+        source = max(shared, key=shared.__getitem__)
+        rows = _spared(request, shared[source])
+        if rows - request.reused >= WORTH_COPYING:
+            self._take_over(request, source, request.slot, rows)
+
     def advance(self, request: Request) -> tuple[int | None, list[TokenLogprob]]:
         """Run the next chunk; after the last one, the first emitted token (and its log-probability if asked)."""
+        if request.prefilled == request.reused:
+            self._look_again(request)
         start = request.prefilled
         stop = min(start + self.chunk, len(request.prompt))
         device = self.target.info.device
@@ -107,6 +122,13 @@ class Prefill:
         """Zero what a failed request left: NaN in rows that a mask hides would still spoil sums (0 x NaN)."""
         self.cache.kv[:, :, slot].zero_()
         self.held[slot] = ()
+
+
+def _spared(request: Request, shared: int) -> int:
+    """Rows that need not run where so many tokens are shared: the last one has to, for the first emitted token."""
+    if request.prompt_logprobs is not None:
+        return 0  # logits are not kept: what is to be scored has to run
+    return min(shared, len(request.prompt) - 1)
 
 
 def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -168,6 +168,22 @@ def test_prompt_chunking_does_not_matter(target_of: Targets, plain: Callable, ch
     assert [r.output for r in requests] == wanted
 
 
+@pytest.mark.parametrize("name", ["none", "ngram", "eagle", "mixed"])
+def test_equal_prompts_that_come_together_run_once(target_of: Targets, name: str) -> None:
+    target, prompt = target_of("mistral"), _prompt(40, 8)
+    settings = [(prompt, Sampling(temperature=0.8, seed=seed, max_tokens=12)) for seed in range(3)]
+    settings[2] = (prompt[:30] + _prompt(9, 9), Sampling(max_tokens=12))
+    wanted = _alone(target, settings)
+    head = _head_drafter(target, wanted)
+    drafters: dict[str, Drafter] = {"none": NoDrafter(), "ngram": NgramDrafter(), "mixed": MixedDrafter(head)}
+    requests = _batch(settings)
+    engines.run(engines.engine(target, drafters.get(name, head), FULL), requests)
+    assert [r.output for r in requests] == wanted
+    assert requests[0].reused == 0
+    assert requests[1].reused >= 38
+    assert requests[2].reused >= 28
+
+
 @pytest.mark.parametrize("unread", [False, True], ids=["", "unread"])
 @pytest.mark.parametrize("name", ["none", "ngram", "eagle", "mixed"])
 def test_a_taken_over_prefix_equals_a_fresh_one(target_of: Targets, name: str, unread: bool) -> None:
