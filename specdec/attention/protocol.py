@@ -100,11 +100,9 @@ class Levels:
 
     def rows(self, level: int, ancestors: Tensor) -> Rows:
         """`level_rows` of one level, the first with rows being 0."""
-        index = RowIndex(self.slots, self.indices[level])
-        older = self.positions[: level + 1].transpose(0, 1).flatten(1) if self.windowed else None
-        return Rows(
-            index, self.lengths, self.positions[level], ancestors, level * self.indices.shape[2], older
-        )
+        index, offset = RowIndex(self.slots, self.indices[level]), level * self.indices.shape[2]
+        so_far = self.positions[: level + 1].transpose(0, 1).flatten(1) if self.windowed else None
+        return Rows(index, self.lengths, self.positions[level], ancestors, offset, so_far)
 
 
 class TreeAttention(Protocol):

@@ -135,16 +135,12 @@ class EagleDrafter:
         assert not (context.fixed and shape.node_floor > 0), "levels of a fixed round are equally wide"
         growth = growth_of(self.head.ids, shape, self.head.dtype)
         windowed = self.head.config.window is not None
-        levels, positions = None, list[Tensor]()
+        levels, above = None, list[Tensor]()
         if context.fixed:
             levels = Levels.of(context.slots, context.lengths, growth.width, shape.depth - 1, windowed)
         frontier_y = growth.level(self.head.logits(y[:, None]), y[:, None])
         while growth.worth_another():
-            rows = (
-                _level(context, growth, positions)
-                if levels is None
-                else levels.rows(growth.depth - 1, growth.bits)
-            )
+            rows = levels.rows(growth.depth - 1, growth.bits) if levels else _level(context, growth, above)
             frontier_y = self.forward(growth.tokens, self.head.feedback(frontier_y), rows)
             frontier_y = growth.level(self.head.logits(frontier_y), frontier_y)
         return replace(growth.finish(context.roots), levels=growth.depth)

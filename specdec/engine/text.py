@@ -40,9 +40,8 @@ class TextStream:
             return False
         searched = len(self.text)
         self.text += now[len(known) :]
-        if len(now) > len(
-            known
-        ):  # a window that began with a special token would lose the space of the next word
+        if len(now) > len(known):
+            # else a special token: a window that began with it would lose the space of the next word
             self._start = self._read
         self._read = len(self.ids)
         return self._stop(searched)
