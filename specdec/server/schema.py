@@ -134,9 +134,16 @@ class TextPart(Strict):
 
 
 class Message(Strict):
+    """A turn. What clients send back of an answer, fields that say "none" included, must be taken as history."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: Text | None = None
+    refusal: Annotated[None, neutral()] = None
+    annotations: Annotated[None, neutral([])] = None
+    audio: Annotated[None, neutral()] = None
+    function_call: Annotated[None, neutral()] = None
+    tool_calls: Annotated[None, neutral([])] = None
 
     def plain(self) -> dict[str, str]:
         """As a chat template reads it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import openai
 import pytest
@@ -27,6 +28,31 @@ def test_chat_equals_the_library(client: openai.OpenAI, decoder: SpecDecoder) ->
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.object == "chat.completion"
     assert answer.model == MODEL
+
+
+def test_an_answer_is_history_of_the_next_turn(client: openai.OpenAI) -> None:
+    """As every chat loop does it: the client's own message object goes back."""
+    messages: list[Any] = [*HELLO]
+    first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=5)
+    asked = {"role": "user", "content": "more"}
+    messages += [first.choices[0].message, asked]
+    second = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=5)
+    plain = {"role": "assistant", "content": first.choices[0].message.content}
+    again = client.chat.completions.create(
+        model=MODEL, messages=[*HELLO, plain, asked], temperature=0, max_tokens=5
+    )
+    assert second.choices == again.choices
+    full = plain | {
+        "tool_calls": [],
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "refusal": None,
+    }
+    client.chat.completions.create(model=MODEL, messages=[*HELLO, full, asked], max_tokens=1)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    with pytest.raises(openai.BadRequestError, match="tool_calls: is not supported"):
+        client.chat.completions.create(model=MODEL, messages=[plain | {"tool_calls": [call]}, asked])
 
 
 def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
