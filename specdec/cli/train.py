@@ -38,10 +38,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature-cache-gb", type=float, default=None, help="disk for features between epochs"
     )
-    parser.add_argument("--push-to-hub", default=None, metavar="ORG/NAME", help="upload the finished head")
+    parser.add_argument(
+        "--push-to-hub", default=None, metavar="ORG/NAME", help="upload the finished head, without the run"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.push_to_hub is not None:
+        _check_repository(args.push_to_hub)
     try:
         from training.run import Order, train
     except ImportError as error:
@@ -75,10 +79,34 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return extra
 
 
+def _check_repository(name: str) -> None:
+    """Before hours of training. Raises SpecdecError for what cannot be the name of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise SpecdecError("is no name of a repository", field="push_to_hub", value=name,
+                           allowed="ORG/NAME of letters, digits, -, _ and .") from None  # fmt: skip
+
+
 def _push(directory: Path, repository: str) -> None:
+    """Upload the head; not the run's folder, which holds the answers (perhaps private), features and optimiser."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    api.upload_folder(folder_path=directory, repo_id=repository)
+    from training.run import RUN
+
+    kept_here = f"{RUN}/*"
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=directory, repo_id=repository, ignore_patterns=[kept_here])
+    except (
+        Exception
+    ) as error:  # the Hub's errors share no base across versions; the head is finished, whatever it was
+        said = str(error).splitlines() or [type(error).__name__]
+        again = f"The head is in {directory}. Try again: hf upload {repository} {directory} . --exclude '{kept_here}'"
+        raise SpecdecError(f"the head was not pushed: {said[0]}", field="push_to_hub", value=repository,
+                           remedy=again) from error  # fmt: skip
     sys.stderr.write(f"pushed to {repository}\n")
