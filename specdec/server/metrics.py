@@ -8,6 +8,7 @@ something was on offer, its draft tokens are the depth on offer.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,7 +40,7 @@ class Metrics:
     def __init__(self, worker: EngineWorker, model: str) -> None:
         self.registry = CollectorRegistry()
         self.labels = ("0", model)
-        self._offered: dict[str, int] = {}
+        self._offered: dict[str, deque[int]] = {}  # a step may land several rounds before their pieces leave
         self._last: dict[str, float] = {}
         self._speculation()
         self._traffic()
@@ -107,7 +108,7 @@ class Metrics:
         """The engine's watcher: what a tree offered; what came of it is counted with its piece."""
         self._nodes.observe(nodes)
         self._depth.observe(offered)
-        self._offered[request] = offered
+        self._offered.setdefault(request, deque()).append(offered)
 
     def _position(self, position: int) -> Counter:
         while position >= len(self._positions):
@@ -134,7 +135,8 @@ class Metrics:
 
     def _step(self, request: Request, piece: Piece) -> Step | None:
         """What a round did; the first piece comes of the prefill, though a round may have followed already."""
-        offered = self._offered.pop(request.id, 0)
+        waiting = self._offered.get(request.id)
+        offered = waiting.popleft() if waiting else 0
         if not offered:
             return None
         step = Step(sum(piece.drafted), offered)

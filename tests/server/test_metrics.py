@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 from serving import Live
 
+from specdec.engine.request import Piece, Request
+from specdec.sampling import Sampling
+from specdec.server.acceptance import speculative_decoding
+from specdec.server.events import Step
+from specdec.server.metrics import Metrics
+
 VLLM = (
     "vllm:spec_decode_num_drafts_total",
     "vllm:spec_decode_num_draft_tokens_total",
@@ -88,3 +94,19 @@ def test_figures_agree_with_the_answers(
     assert found["specdec:tau"] == pytest.approx(
         found["specdec:round_tokens_total"] / found["specdec:rounds_total"]
     )
+
+
+def test_rounds_that_land_together_are_counted_each(live: Live) -> None:
+    """Rounds in flight land at once when the batch changes: all are seen before the first of their pieces leaves."""
+    metrics = Metrics(live.state.worker, "tiny-llama")
+    request = Request("a", (1,), Sampling(), frozenset())
+    metrics.saw("a", 5, 2)  # of a round that followed the prefill in the same step
+    assert metrics.observe(request, Piece("a", (7,), (False,), ("x",))) is None
+    metrics.saw("a", 12, 4)
+    metrics.saw("a", 1, 0)
+    pieces = [Piece("a", (1,) * (n + 1), (True,) * n + (False,), ("x",) * (n + 1)) for n in (2, 4, 0)]
+    steps = [metrics.observe(request, piece) for piece in pieces]
+    assert steps == [Step(2, 2), Step(4, 4), None]
+    told = speculative_decoding([step for step in steps if step])
+    assert told["acceptance_histogram"] == [0, 0, 1, 0, 1]
+    assert "vllm:spec_decode_num_drafts_total" in metrics.text().decode()
