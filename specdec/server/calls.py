@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from specdec.engine.request import Piece, Request
+from specdec.server.deadline import Deadline
 from specdec.server.errors import ApiError
 from specdec.server.events import Event, Step
 from specdec.server.pacing import Pacer
@@ -44,7 +44,7 @@ class Call:
         engine: runs them.
         observer: hears of their pieces.
         closed: called in the event loop each time a sequence has left the engine.
-        seconds: time from now to the last token.
+        deadline: for the last token.
         evenly: tokens come at an even pace instead of a round's at once (see `pacing`).
     """
 
@@ -52,18 +52,16 @@ class Call:
     engine: Engine
     observer: Observer
     closed: Callable[[], None]
-    seconds: float
+    deadline: Deadline
     evenly: bool = False
     steps: dict[int, list[Step]] = field(default_factory=dict)
     _queue: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     _pacers: list[Pacer] = field(default_factory=list)
     _open: set[int] = field(default_factory=set)
-    _deadline: float = 0.0
 
     def submit(self) -> None:
         """Hand every sequence to the engine. Raises what the engine refuses with; nothing runs then."""
         loop = asyncio.get_running_loop()
-        self._deadline = time.monotonic() + self.seconds
         self._pacers = [Pacer(self._queue.put_nowait, loop) for _ in self.requests if self.evenly]
         try:
             for index, request in enumerate(self.requests):
@@ -130,19 +128,18 @@ class Call:
             self.cancel()
 
     async def _next(self, keep_alive: float | None) -> Event | None:
-        remaining = self._deadline - time.monotonic()
-        patience = remaining if keep_alive is None else min(remaining, keep_alive)
+        left = self.deadline.left
+        patience = left if keep_alive is None else min(left, keep_alive)
         try:
-            async with asyncio.timeout(max(patience, 0.0)):
+            async with asyncio.timeout(patience):
                 return await self._queue.get()
         except TimeoutError:
-            if time.monotonic() >= self._deadline:
+            if not self.deadline.left:
                 for pacer in self._pacers:
                     pacer.flush()
                 if not self._queue.empty():
                     return self._queue.get_nowait()
-                late = f"no answer within {self.seconds:g} seconds"
-                raise ApiError(504, late, code="request_timeout") from None
+                raise self.deadline.missed() from None
             return None
 
 

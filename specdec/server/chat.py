@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from jinja2 import TemplateError
 
 from specdec.engine.logprobs import TokenLogprob
-from specdec.errors import RequestError
-from specdec.generate import SpecDecoder
 from specdec.server import wishes
 from specdec.server.answers import Progress, Reply
 from specdec.server.logprobs import chat_logprobs
-from specdec.server.schema import ChatRequest, Message
+from specdec.server.schema import ChatRequest
 from specdec.server.state import ServerState
 from specdec.target.vocabulary import Vocabulary
 
@@ -47,17 +44,6 @@ class ChatShape:
         return {"index": progress.index, "delta": delta, "logprobs": told, "finish_reason": progress.finish}
 
 
-def encode_messages(decoder: SpecDecoder, messages: list[Message]) -> tuple[int, ...]:
-    """Token ids of a conversation. Raises RequestError when the template does not take it."""
-    if not decoder.tokenizer.chat_template:
-        raise RequestError("need a chat template, which this model lacks", field="messages",
-                           remedy="Use /v1/completions.")  # fmt: skip
-    try:
-        return decoder.encode([message.plain() for message in messages])
-    except TemplateError as error:
-        raise RequestError(f"do not fit the chat template: {error}", field="messages") from None
-
-
 def routes(state: ServerState) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
@@ -66,16 +52,18 @@ def routes(state: ServerState) -> APIRouter:
     async def chat_completions(asked: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
         state.check_model(asked.model)
-        state.check_room(asked.choices)
         wishes.check_grammar(asked)
-        grammar = await state.read(state.grammars.compile, asked.response_format)
-        prompt = await state.read(encode_messages, state.decoder, asked.messages)
+        with state.arriving(asked.choices) as deadline:
+            grammar = await state.read(deadline, state.grammars.compile, asked.response_format)
+            prompt = await state.read(deadline, state.reader.messages, asked.messages)
         limit = wishes.max_tokens_of(asked, state.length, len(prompt), None)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = wishes.sampling_of(asked, logprobs, limit)
         drafting = wishes.drafting_of(state, asked)
         wish = wishes.Wish(wishes.new_id("chatcmpl"), sampling, asked.choices, grammar, drafting)
-        call = state.start(wishes.requests_of(state, wish, [prompt]), stream=bool(asked.stream))
+        call = state.start(
+            wishes.requests_of(state, wish, [prompt], [limit]), deadline, stream=bool(asked.stream)
+        )
         shape = ChatShape(state.vocabulary, bool(asked.logprobs))
         return await Reply(state, asked, call, shape, wish.id).respond(http)
 

@@ -85,11 +85,12 @@ def read_prompts(state: ServerState, asked: CompletionRequest) -> Prompts:
     special = asked.add_special_tokens is not False
     for prompt in asked.prompts():
         if isinstance(prompt, str):
-            tokens = tuple(state.decoder.tokenizer.encode(prompt, add_special_tokens=special))
+            tokens = state.reader.text(prompt, special=special)
         else:
             tokens = _checked(prompt, state.vocabulary.size)
         if not tokens:
             raise RequestError("is empty", field="prompt", remedy="Give at least one token.")
+        wishes.room_after(len(tokens), state.length)  # before more of them are read
         ids.append(tokens)
         texts.append(
             prompt if isinstance(prompt, str) else state.decoder.decode(tokens) if asked.echo else ""
@@ -103,13 +104,12 @@ def _checked(ids: Sequence[int], vocab: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _limit(state: ServerState, asked: CompletionRequest, prompts: Prompts) -> int:
-    """Tokens to emit at most, the same for all prompts. Raises RequestError when one has no room for them."""
-    limits = [wishes.max_tokens_of(asked, state.length, len(ids), DEFAULT_TOKENS) for ids in prompts.ids]
-    limit = min(limits)
-    if limit == 0 and not asked.echo:
+def _limits(state: ServerState, asked: CompletionRequest, prompts: Prompts) -> list[int]:
+    """Tokens to emit at most behind each prompt; none asked for is one, unseen. Raises RequestError: no room."""
+    if asked.limit == 0 and not asked.echo:
         raise RequestError("must be at least 1 without echo", field="max_tokens", value=0)
-    return limit
+    limits = [wishes.max_tokens_of(asked, state.length, len(ids), DEFAULT_TOKENS) for ids in prompts.ids]
+    return [limit or 1 for limit in limits]
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -120,22 +120,23 @@ def routes(state: ServerState) -> APIRouter:
     async def completions(asked: CompletionRequest, http: Request) -> Response:
         """Continue prompts."""
         state.check_model(asked.model)
-        state.check_room(asked.choices * max(len(asked.prompts()), 1))
         wishes.check_grammar(asked)
-        grammar = await state.read(state.grammars.compile, asked.response_format)
-        prompts = await state.read(read_prompts, state, asked)
-        limit = _limit(state, asked, prompts)
+        with state.arriving(asked.choices * max(len(asked.prompts()), 1)) as deadline:
+            grammar = await state.read(deadline, state.grammars.compile, asked.response_format)
+            prompts = await state.read(deadline, read_prompts, state, asked)
+        limits = _limits(state, asked, prompts)
         wish = wishes.Wish(
             wishes.new_id("cmpl"),
-            wishes.sampling_of(asked, asked.logprobs, max(limit, 1) if limit >= 0 else limit),
+            wishes.sampling_of(asked, asked.logprobs, limits[0]),
             asked.choices,
             grammar,
             wishes.drafting_of(state, asked),
             asked.logprobs if asked.echo else None,
         )
-        call = state.start(wishes.requests_of(state, wish, prompts.ids), stream=bool(asked.stream))
+        requests = wishes.requests_of(state, wish, prompts.ids, limits)
+        call = state.start(requests, deadline, stream=bool(asked.stream))
         echoes = [text for text in prompts.texts for _ in range(asked.choices)] if asked.echo else None
         shape = CompletionShape(state.vocabulary, call.requests, echoes, asked.logprobs is not None)
-        return await Reply(state, asked, call, shape, wish.id, silent=limit == 0).respond(http)
+        return await Reply(state, asked, call, shape, wish.id, silent=asked.limit == 0).respond(http)
 
     return router

@@ -18,8 +18,9 @@ class ServerLimits:
     """Limits of a server.
 
     Attributes:
-        queue: sequences that may wait beyond those that run; more are answered 429.
-        request_seconds: from arrival to the last token; then the request ends with 504.
+        queue: sequences that may wait beyond those that run, those whose prompt is being read included; more are
+            answered 429.
+        request_seconds: from arrival (the body has been read) to the last token; then the request ends with 504.
         body_bytes, body_seconds: size of a body, and the time it may take to arrive (413, 408).
         header_seconds: time the head of a request may take; the connection is closed then.
         drain_seconds: time running requests get after SIGTERM.

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Response
 
 from specdec import __version__
 from specdec.errors import RequestError
-from specdec.server.chat import encode_messages
 from specdec.server.schema import DetokenizeRequest, TokenizeRequest
 from specdec.server.state import ServerState
 
@@ -69,7 +68,8 @@ def token_routes(state: ServerState) -> APIRouter:
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
         """Ids of a prompt or a conversation."""
         state.check_model(asked.model)
-        ids = await state.read(_encode, state, asked)
+        with state.arriving(1) as deadline:
+            ids = await state.read(deadline, _encode, state, asked)
         strings = [state.vocabulary.text(token) for token in ids] if asked.return_token_strs else None
         return {"count": len(ids), "max_model_len": state.length, "tokens": ids, "token_strs": strings}
 
@@ -80,17 +80,16 @@ def token_routes(state: ServerState) -> APIRouter:
         size = state.vocabulary.size
         if not all(0 <= token < size for token in asked.tokens):
             raise RequestError("holds ids outside the vocabulary", field="tokens", allowed=f"0 to {size - 1}")
-        return {"prompt": await state.read(_decode, state, asked.tokens)}
+        with state.arriving(1) as deadline:
+            return {"prompt": await state.read(deadline, _decode, state, asked.tokens)}
 
     return router
 
 
-def _encode(state: ServerState, asked: TokenizeRequest) -> list[int]:
+def _encode(state: ServerState, asked: TokenizeRequest) -> tuple[int, ...]:
     if asked.messages:
-        return list(encode_messages(state.decoder, asked.messages))
-    special = asked.add_special_tokens is not False
-    ids: list[int] = state.decoder.tokenizer.encode(asked.prompt or "", add_special_tokens=special)
-    return ids
+        return state.reader.messages(asked.messages)
+    return state.reader.text(asked.prompt or "", special=asked.add_special_tokens is not False)
 
 
 def _decode(state: ServerState, tokens: list[int]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -16,10 +17,12 @@ from specdec.engine.worker import EngineWorker
 from specdec.errors import RequestError, SpecdecError
 from specdec.generate import SpecDecoder
 from specdec.server.calls import Call
+from specdec.server.deadline import Deadline
 from specdec.server.errors import ApiError
 from specdec.server.grammar import Grammars
 from specdec.server.limits import ServerLimits
 from specdec.server.metrics import Metrics
+from specdec.server.reading import Reader
 from specdec.target.vocabulary import Vocabulary
 
 P = ParamSpec("P")
@@ -55,8 +58,9 @@ class ServerState:
         engine.watcher = self.metrics
         self.vocabulary = Vocabulary(self.decoder.tokenizer, engine.target.info.vocab)
         self.grammars = Grammars(self.vocabulary, engine.target.info.stop_ids)
+        self.reader = Reader(self.decoder, self.vocabulary)
         # one thread: a tokenizer is not made to be shared, and prompts must not queue behind each other's rounds
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="specdec-tokenizer")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="specdec-tokenizer")
 
     @property
     def length(self) -> int:
@@ -67,9 +71,24 @@ class ServerState:
     def healthy(self) -> bool:
         return self.worker.alive and not self.draining
 
-    async def read(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run tokenizer or grammar work off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, partial(work, *args, **kwargs))
+    @contextmanager
+    def arriving(self, sequences: int) -> Iterator[Deadline]:
+        """Their room is taken while prompt and grammar are read; their time begins. Raises as `check_room`."""
+        self.check_room(sequences)
+        self.inside += sequences
+        try:
+            yield Deadline(self.limits.request_seconds)
+        finally:
+            self.inside -= sequences
+
+    async def read(self, deadline: Deadline, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run tokenizer or grammar work off the event loop, one after another. Raises ApiError 504: too late."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(deadline.left):
+                return await loop.run_in_executor(self._thread, partial(work, *args, **kwargs))
+        except TimeoutError:
+            raise deadline.missed() from None
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that is not served here."""
@@ -94,7 +113,7 @@ class ServerState:
             wait = math.ceil((self.inside + sequences - most) / slots * SECONDS_PER_SEQUENCE)
             raise ApiError(429, "the queue is full; try again later", code="queue_full", retry_after=wait)
 
-    def start(self, requests: Sequence[Request], *, stream: bool = False) -> Call:
+    def start(self, requests: Sequence[Request], deadline: Deadline, *, stream: bool = False) -> Call:
         """Queue the sequences of one HTTP request; `stream` when its tokens are sent as they come.
 
         Raises:
@@ -102,7 +121,7 @@ class ServerState:
         """
         self.check_room(len(requests))
         evenly = stream and not self.burst
-        call = Call(requests, self.worker, self.metrics, self._closed, self.limits.request_seconds, evenly)
+        call = Call(requests, self.worker, self.metrics, self._closed, deadline, evenly)
         before = self.inside
         self.inside += len(requests)
         try:
@@ -122,5 +141,5 @@ class ServerState:
         """Finish what runs, then stop the engine; True when it ended within the drain time."""
         self.draining = True
         done = await asyncio.to_thread(self.worker.close, self.limits.drain_seconds)
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
         return done

@@ -36,7 +36,7 @@ class Wish:
 
     Attributes:
         id: of the answer.
-        sampling: settings; choice i takes seed + i.
+        sampling: settings; choice i takes seed + i, and each prompt has its own max_tokens.
         choices: n.
         grammar: at its start, or None.
         drafting: whether and how.
@@ -105,10 +105,7 @@ def max_tokens_of(asked: Generation, length: int, prompt: int, default: int | No
         RequestError: for a prompt that fills the context, or a wish that reaches past it (checked here, before
             anything of that size is made).
     """
-    if prompt >= length:
-        raise RequestError("is longer than the context", field="prompt", value=f"{prompt} tokens",
-                           allowed=f"at most {length - 1}")  # fmt: skip
-    room = length - prompt
+    room = room_after(prompt, length)
     if asked.limit is None:
         return room if default is None else min(default, room)
     if asked.limit > room:
@@ -117,13 +114,24 @@ def max_tokens_of(asked: Generation, length: int, prompt: int, default: int | No
     return asked.limit
 
 
-def requests_of(state: ServerState, wish: Wish, prompts: Sequence[tuple[int, ...]]) -> list[Request]:
-    """The engine's requests, `choices` for each prompt, in the order of the answer's choices."""
+def room_after(prompt: int, length: int) -> int:
+    """Tokens that the context has left. Raises RequestError for a prompt that fills it."""
+    if prompt >= length:
+        raise RequestError("is longer than the context", field="prompt", value=f"{prompt} tokens",
+                           allowed=f"at most {length - 1}")  # fmt: skip
+    return length - prompt
+
+
+def requests_of(
+    state: ServerState, wish: Wish, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]
+) -> list[Request]:
+    """The engine's requests, `choices` for each prompt and its limit, in the order of the answer's choices."""
     now = time.perf_counter()
     out: list[Request] = []
-    for prompt in prompts:
+    for prompt, limit in zip(prompts, limits, strict=True):
+        limited = replace(wish, sampling=replace(wish.sampling, max_tokens=limit))
         for choice in range(wish.choices):
-            out.append(_request(state, wish, prompt, choice, len(out)))
+            out.append(_request(state, limited, prompt, choice, len(out)))
             out[-1].arrived = now
     return out
 

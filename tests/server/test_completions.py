@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import MODEL
+from serving import LENGTH, MODEL
 
 from specdec.attention.protocol import chunk_rows
 from specdec.cache import KVCache
@@ -51,6 +51,15 @@ def test_every_kind_of_prompt(http: httpx.Client, decoder: SpecDecoder, prompt: 
     assert [c["index"] for c in body["choices"]] == list(range(len(many)))
     assert body["usage"]["prompt_tokens"] == sum(a.prompt_tokens for a in offline)
     assert body["usage"]["completion_tokens"] == sum(len(a.token_ids) for a in offline)
+
+
+def test_each_prompt_has_room_of_its_own(http: httpx.Client) -> None:
+    """A neighbour that leaves three tokens of the context takes nothing from the others."""
+    body = post(http, prompt=["abc", "x" * (LENGTH - 3)], ignore_eos=True)
+    assert body["usage"]["completion_tokens"] == 16 + 3
+    zero = post(http, prompt=["ab", "cd"], max_tokens=0, echo=True)
+    assert [c["text"] for c in zero["choices"]] == ["ab", "cd"]
+    assert zero["usage"]["completion_tokens"] == 0
 
 
 def test_loglikelihood_as_lm_eval_asks_for_it(http: httpx.Client, decoder: SpecDecoder) -> None:

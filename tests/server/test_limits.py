@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import pytest
-from serving import Live
+from serving import LENGTH, Live, until
+from tokenizers import normalizers
 
-from specdec.errors import SpecdecError
+from specdec.errors import RequestError, SpecdecError
+from specdec.generate import SpecDecoder
 from specdec.server.limits import ServerLimits
+from specdec.server.reading import Reader
+from specdec.server.schema import Message
+from specdec.target.vocabulary import Vocabulary
 
 TIGHT = ServerLimits(body_bytes=2000, body_seconds=0.4, header_seconds=0.4)
 JSON = {"Content-Type": "application/json"}
@@ -140,6 +149,75 @@ def test_many_prompts_are_refused_before_they_are_read(tight: Live) -> None:
     body = {"prompt": "x", "n": 128, "best_of": 10**30, "max_tokens": 1}
     answer = tight.web.post("/v1/completions", json=body, headers={"Authorization": "Bearer sesame"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")
+
+
+@contextmanager
+def held(live: Live) -> Iterator[None]:
+    """The thread that reads prompts is busy."""
+    gate = threading.Event()
+    live.state._thread.submit(gate.wait)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def test_text_that_cannot_fit_is_refused_unread(serve: Callable[..., AbstractContextManager[Live]]) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was read")
+
+    with serve(slots=1) as live, pytest.MonkeyPatch.context() as patch:
+        most = live.state.reader.most_bytes
+        assert LENGTH <= most < 20 * LENGTH
+        for length, status in ((LENGTH - 1, 200), (LENGTH, 400), (most, 400)):
+            answer = live.web.post("/v1/completions", json={"prompt": "x" * length, "max_tokens": 1})
+            assert answer.status_code == status
+        patch.setattr(type(live.state.decoder.tokenizer), "encode", never)
+        patch.setattr(type(live.state.decoder), "encode", never)
+        long = "x" * (most + 1)
+        turn = {"messages": [{"role": "user", "content": long}]}
+        asked = [("/v1/completions", {"prompt": long}), ("/tokenize", {"prompt": long}),
+                 ("/v1/chat/completions", turn), ("/tokenize", turn)]  # fmt: skip
+        for path, body in asked:
+            answer = live.web.post(path, json=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] in body
+            assert "is longer than the context" in answer.json()["error"]["message"]
+
+
+def test_what_a_template_leaves_out_does_not_count(decoder: SpecDecoder) -> None:
+    tokenizer = copy.deepcopy(decoder.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}{% endfor %}"
+    own = SpecDecoder(replace(decoder.loaded, tokenizer=tokenizer), decoder.engine)
+    reader = Reader(own, Vocabulary(tokenizer, decoder.engine.target.info.vocab))
+    thought = "x" * 2 * reader.most_bytes + "</think>"
+    assert len(reader.messages([Message(role="user", content=thought + "hi")])) == 2
+    with pytest.raises(RequestError, match="longer than the context"):
+        reader.messages([Message(role="user", content="hi" + thought[:-1])])
+
+
+def test_a_tokenizer_that_rewrites_text_gets_slack(decoder: SpecDecoder) -> None:
+    tokenizer, vocab = copy.deepcopy(decoder.tokenizer), decoder.engine.target.info.vocab
+    strict = Reader(decoder, Vocabulary(tokenizer, vocab)).most_bytes
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    own = SpecDecoder(replace(decoder.loaded, tokenizer=tokenizer), decoder.engine)
+    assert Reader(own, Vocabulary(tokenizer, vocab)).most_bytes == 4 * strict
+
+
+def test_reading_counts_towards_time_and_queue(serve: Callable[..., AbstractContextManager[Live]]) -> None:
+    limits = ServerLimits(request_seconds=0.5, queue=0)
+    whole, count = {"prompt": "abc", "max_tokens": 1}, {"prompt": "abc"}
+    with serve(slots=1, limits=limits) as live, ThreadPoolExecutor(1) as pool:
+        for path, body in (("/v1/completions", whole), ("/tokenize", count)):
+            with held(live):
+                first = pool.submit(live.web.post, path, json=body)
+                assert until(lambda: live.state.inside == 1)
+                second = live.web.post("/v1/completions", json=whole)
+                assert (second.status_code, second.json()["error"]["code"]) == (429, "queue_full")
+                late = first.result()
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+            assert live.state.inside == 0
+            assert live.web.post(path, json=body).status_code == 200
 
 
 def test_the_key_guards_v1_alone(tight: Live) -> None:
