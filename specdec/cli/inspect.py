@@ -115,10 +115,7 @@ def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[
         facts["match"] = "yes"
     except MismatchError as error:
         facts["match"] = f"no: {error}"
-    facts["engines"] = {
-        one.engine: "yes" if one.ok else "; ".join(one.reasons)
-        for one in check(path, taps=taps, target_layers=info.layers)
-    }
+    facts["engines"] = {one.engine: one.told() for one in check(path, taps=taps, target_layers=info.layers)}
     return facts, facts["match"] == "yes"
 
 

@@ -20,6 +20,9 @@ from specdec.head.model import DraftHead
 from specdec.head.settings import IDS, NESTED, OWN
 
 VERSION = 1  # of our block in config.json
+ON_HUB = {  # how engines that do not know our short names find the same target
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"
+}
 SPECULATORS = "0.9.0"  # the release whose layout save_speculators writes
 
 
@@ -111,7 +114,10 @@ def speculators_config(
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {"name_or_path": target.name_or_path, "architectures": list(target.architectures)},
+            "verifier": {
+                "name_or_path": ON_HUB.get(target.name_or_path, target.name_or_path),
+                "architectures": list(target.architectures),
+            },
         },
         "transformer_layer_config": {"architectures": ["LlamaForCausalLM"], **_layer(config, target)},
         OWN: _own(config, target),

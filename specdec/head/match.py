@@ -12,8 +12,8 @@ from specdec.errors import MismatchError
 from specdec.head.config import HeadConfig
 
 
-class Owner(Protocol):
-    """What of a target a head is compared with; `TargetInfo` is one."""
+class Sizes(Protocol):
+    """What of a target is known without its weights."""
 
     @property
     def name(self) -> str: ...
@@ -23,6 +23,11 @@ class Owner(Protocol):
     def hidden(self) -> int: ...
     @property
     def layers(self) -> int: ...
+
+
+class Owner(Sizes, Protocol):
+    """What of a target a head is compared with; `TargetInfo` is one."""
+
     @property
     def fingerprint(self) -> str: ...
 
@@ -34,7 +39,20 @@ def check_match(config: HeadConfig, target: Owner) -> None:
         MismatchError: naming the first field that differs. A head without a fingerprint is compared by sizes
             alone.
     """
-    remedy = f"This head was not made for {target.name}: name the target it was trained on, or another head."
+    check_sizes(config, target)
+    if config.fingerprint is not None and config.fingerprint != target.fingerprint:
+        raise MismatchError(
+            "the head was trained on another target of the same sizes",
+            field="fingerprint",
+            value=config.fingerprint,
+            allowed=target.fingerprint,
+            remedy=_remedy(target),
+        )
+
+
+def check_sizes(config: HeadConfig, target: Sizes) -> None:
+    """The part of it that needs no weights. Raises MismatchError."""
+    remedy = _remedy(target)
     sizes = (("vocab", config.vocab, target.vocab), ("hidden", config.target_hidden, target.hidden))
     for field, ours, theirs in sizes:
         if ours != theirs:
@@ -49,11 +67,7 @@ def check_match(config: HeadConfig, target: Owner) -> None:
             allowed=f"0..{target.layers}",
             remedy=remedy,
         )
-    if config.fingerprint is not None and config.fingerprint != target.fingerprint:
-        raise MismatchError(
-            "the head was trained on another target of the same sizes",
-            field="fingerprint",
-            value=config.fingerprint,
-            allowed=target.fingerprint,
-            remedy=remedy,
-        )
+
+
+def _remedy(target: Sizes) -> str:
+    return f"This head was not made for {target.name}: name the target it was trained on, or another head."

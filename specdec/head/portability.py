@@ -26,11 +26,24 @@ class Loadability:
         engine: its name.
         ok: loads the head and computes what was trained.
         reasons: why not; or, where ok, what to mind.
+        reads_layout: the layout on disk is one it reads at all; where not, exporting helps.
     """
 
     engine: str
     ok: bool
     reasons: tuple[str, ...] = ()
+    reads_layout: bool = True
+
+    def told(self) -> str:
+        """The verdict in words.
+
+        >>> Loadability("vLLM", True, ('pass "method": "eagle3"',)).told()
+        'yes (mind: pass "method": "eagle3")'
+        """
+        why = "; ".join(self.reasons)
+        if not self.ok:
+            return f"no: {why}"
+        return f"yes (mind: {why})" if why else "yes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,10 @@ def _verdict(engine: str, against: list[str], mind: list[str] | None = None) -> 
     return Loadability(engine, not against, tuple(against or mind or ()))
 
 
+def _other_layout(engine: str, which: str) -> Loadability:
+    return Loadability(engine, ok=False, reasons=(which,), reads_layout=False)
+
+
 def _vllm(head: _Head, engine: str, read: tuple[str, ...]) -> Loadability:
     """`read`: the places of layer ids the runner looks at, in its order, all taken as layer inputs."""
     against = _ids(head, read, shift=0)
@@ -99,7 +116,7 @@ def _vllm_v2(head: _Head) -> Loadability:
 def _sglang(head: _Head) -> Loadability:
     config = head.files.config
     if not head.is_raw:
-        return _verdict("SGLang", ["reads the raw layout only; specdec export --format raw writes it"])
+        return _other_layout("SGLang", "reads the raw layout only; specdec export --format raw writes it")
     against = _ids(head, (f"{NESTED}.{IDS}",), shift=1)
     if head.config.norm_before_residual:
         against.append("does not know norm_before_residual and would run without it, in silence")
@@ -133,7 +150,7 @@ def _llama_cpp(head: _Head) -> Loadability:
 
 def _eagle(head: _Head) -> Loadability:
     if not head.is_raw:
-        return _verdict("EAGLE (SafeAILab)", ["reads the raw layout only"])
+        return _other_layout("EAGLE (SafeAILab)", "reads the raw layout only")
     config = head.config
     against = [
         f"does not compute {name}"
@@ -155,8 +172,8 @@ def _eagle(head: _Head) -> Loadability:
 
 def _speculators(head: _Head) -> Loadability:
     if head.is_raw:
-        return _verdict(
-            "speculators", ["reads its own layout; specdec export --format speculators writes it"]
+        return _other_layout(
+            "speculators", "reads its own layout; specdec export --format speculators writes it"
         )
     against = []
     if len(head.config.taps) != 3 and not head.config.fc_norm:

@@ -132,3 +132,10 @@ def test_our_own_keys_stay_in_their_block() -> None:
     assert written["specdec"] == {"version": 1, "target": "t", "fingerprint": "f"}
     assert written["max_position_embeddings"] == 9000
     assert written["eagle_config"][IDS] == [1, 15, 28] and written[IDS] == [2, 16, 29]
+
+
+def test_the_embedded_target_has_the_name_other_engines_know() -> None:
+    head = head_config(OFFICIAL, "raw", taps=(2, 16, 29))
+    config = speculators_config(head, TargetNames("smollm2-135m"), torch.bfloat16, 3)
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config["specdec"]["target"] == "smollm2-135m"  # ours, which is read first
