@@ -75,9 +75,11 @@ def run(args: argparse.Namespace) -> int:
         return self_check(console)
     if args.compare:
         return compare(console, *args.compare)
+    if args.rank:
+        return rank(console, args.rank)
     if not args.prompts or args.out is None:
         raise RequestError(
-            "needs --prompts and --out", field="report", remedy="Or --compare, or --self-check."
+            "needs --prompts and --out", field="report", remedy="Or --compare, --rank or --self-check."
         )
     return make(console, args)
 

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import engines
 import pytest
@@ -10,6 +11,7 @@ from tiny_report import TINY_PLAN
 from specdec.cli import main
 from specdec.surplus import controls, plan
 from specdec.surplus.controls import Check
+from specdec.surplus.write import VERSION
 
 
 def prompts(path: Path, count: int) -> str:
@@ -113,6 +115,24 @@ def test_the_self_check_exits_1_when_a_control_fails(
 def test_compare_refuses_what_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert specdec("--compare", tmp_path / "a.json", tmp_path / "b.json") == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_rank_orders_trained_heads_by_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def number(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9, "documents": 9}
+
+    def report(name: str, **values: Any) -> Path:
+        (tmp_path / name).write_text(json.dumps({"version": VERSION, "cells": [], **values}))
+        return tmp_path / name
+
+    gaps = [{"taps": str(i), "gap": number(0.1 + 0.1 * i)} for i in range(6)]
+    plan_report = report("plan.json", taps=gaps, engine={})
+    heads = [report(f"{i}.json", engine={"chain": {"tau": number(3 - 0.2 * i)}}, taps_used=str(i))
+             for i in range(6)]  # fmt: skip
+    assert specdec("--rank", plan_report, *heads) == 0
+    assert "F3, chain: Kendall 1.0" in capsys.readouterr().err
+    assert specdec("--rank", plan_report) == 2
+    assert "needs reports of heads after the plan" in capsys.readouterr().err
 
 
 def test_the_options_are_these() -> None:
