@@ -25,12 +25,13 @@ class Dialogue:
 def read_dialogues(path: Path) -> list[Dialogue]:
     """All rows of a jsonl file. Raises RequestError naming the line that is not one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
     except FileNotFoundError:
         raise RequestError("does not exist", field="prompts", value=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot be read: {error}", field="prompts", value=str(path)) from None
-    rows = [_row(line, f"{path.name}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = text.split("\n")  # not splitlines: JSON has U+0085 and U+2028 inside of strings
+    rows = [_row(line, f"{path.name}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise RequestError("holds no prompts", field="prompts", value=str(path))
     return rows
@@ -41,9 +42,15 @@ def _row(line: str, where: str) -> Dialogue:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"is not JSON ({error.msg})", field=where, value=line) from None
+    except (ValueError, RecursionError):
+        raise RequestError(
+            "holds a number too long or lists too deep to read", field=where, value=line
+        ) from None
     if not isinstance(row, dict):
         raise RequestError("is not an object", field=where, value=line)
     name, category = str(row.get("id", where)), str(row.get("category", ""))
+    if not _encodable(name):
+        raise RequestError("has an id that is not valid Unicode", field=where, value=name)
     if "turns" in row:
         return Dialogue(name, (), tuple(_texts(row["turns"], where, "turns")), category)
     if "messages" in row:
@@ -51,6 +58,15 @@ def _row(line: str, where: str) -> Dialogue:
     if "prompt" in row:
         return Dialogue(name, (), tuple(_texts([row["prompt"]], where, "prompt")), category)
     raise RequestError("has none of turns, messages, prompt", field=where, value=sorted(row))
+
+
+def _encodable(text: str) -> bool:
+    """Half a surrogate pair is valid JSON, but cannot be printed with the answer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _texts(value: Any, where: str, key: str) -> Iterator[str]:

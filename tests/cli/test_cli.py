@@ -161,10 +161,13 @@ ROWS = {
     '{"turns": []}': "wants non-empty text",
     '{"messages": [{"role": "assistant", "content": "x"}]}': "a user message last",
     '{"messages": "x"}': "wants role and content",
+    '{"id": ' + "1" * 5000 + ', "prompt": "x"}': "a number too long",
+    "[" * 200_000: "lists too deep",
+    '{"id": "\\ud800", "prompt": "x"}': "an id that is not valid Unicode",
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[:30])
 def test_a_bad_row_of_prompts_is_named(run: Run, tmp_path: Path, row: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' * bool(row) + row)
@@ -176,6 +179,18 @@ def test_prompt_files_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
     _refused(run("--prompts", str(tmp_path)), "cannot be read")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     _refused(run("--prompts", str(tmp_path / "latin")), "cannot be read")
+
+
+def test_prompt_files_of_other_machines(run: Run, tmp_path: Path) -> None:
+    """A mark at the start, lines that end in two characters, and separators of lines inside of a string."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        json.dumps({"id": text, "prompt": "x"}, ensure_ascii=False) for text in ("a\u2028b", "c\x85d", "e")
+    ]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    code, out, err = run("--prompts", str(file), "--json", "--plain")
+    assert code == 0, err
+    assert [json.loads(line)["id"] for line in out.split("\n") if line] == ["a\u2028b", "c\x85d", "e"]
 
 
 def test_unknown_options_are_refused(run: Run) -> None:
