@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from specdec.cli.options import add_model, add_sampling, sampling_of, taps_of
+from specdec.errors import RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specdec.generate import SpecDecoder
+    from specdec.sampling import Sampling
 
 HELP = """\
 commands: /reset forgets the conversation, /plain and /fast switch drafting, /tree colours accepted tokens,
@@ -23,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from specdec.cli.session import open_decoder, stream_answer
+    from specdec.cli.session import open_decoder
 
     sampling = sampling_of(args)
     decoder = open_decoder(args, draft=args.draft, taps=taps_of(args.taps))
@@ -31,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"[dim]{HELP}[/dim]")
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, switches = list(start), {"tree": args.show_tree, "fast": True}
-    while (text := _ask()) is not None:
+    while (text := _ask(console)) is not None:
         if text.startswith("/"):
             if text == "/quit":
                 break
@@ -39,26 +48,62 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"[dim]{_switch(text, switches)}[/dim]")
             continue
         messages.append({"role": "user", "content": text})
-        answer = stream_answer(
-            decoder, messages, sampling, "tree" if switches["tree"] else "text", speculate=switches["fast"]
-        )
-        messages.append({"role": "assistant", "content": answer.text})
-        tau = f", tau {answer.counters.tau:.2f}" if answer.counters.rounds else ""
-        console.print(
-            f"[dim]{len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f} tokens/s{tau}[/dim]"
-        )
+        _answer(decoder, messages, sampling, switches, console)
     return 0
 
 
-def _ask() -> str | None:
+def _answer(
+    decoder: SpecDecoder,
+    messages: list[dict[str, str]],
+    sampling: Sampling,
+    switches: dict[str, bool],
+    console: Console,
+) -> None:
+    """Answer the last message and append that; a turn that cannot be answered is dropped, the others stay."""
+    from specdec.cli.session import stream_answer
+
+    try:
+        prompt = decoder.encode(messages)
+        room = max(decoder.engine.limits.length - len(prompt), 1)  # with none, the prompt itself is refused
+        capped = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        show = "tree" if switches["tree"] else "text"
+        answer = stream_answer(decoder, prompt, capped, show, speculate=switches["fast"])
+        wrong = answer.error
+    except RequestError as error:
+        wrong = str(error)
+    if wrong is not None:
+        messages.pop()
+        console.print(
+            f"{wrong}\nThis turn is forgotten; /reset forgets the whole conversation.", markup=False
+        )
+        return
+    messages.append({"role": "assistant", "content": answer.text})
+    tau = f", tau {answer.counters.tau:.2f}" if answer.counters.rounds else ""
+    console.print(f"[dim]{len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f} tokens/s{tau}[/dim]")
+
+
+def _ask(console: Console) -> str | None:
     """The next non-empty line, None at the end of input."""
     while True:
         try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
+            text = _line().strip()
         except EOFError:
             return None
+        except UnicodeDecodeError:
+            console.print("this line is not UTF-8 and was left out", markup=False)
+            continue
         if text:
             return text
+
+
+def _line() -> str:
+    """From a file line by line as bytes: one that is not UTF-8 must not take the others with it."""
+    if sys.stdin.isatty():
+        return input("> ")
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode("utf-8")
 
 
 def _switch(command: str, switches: dict[str, bool]) -> str:

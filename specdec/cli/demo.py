@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 1 when tokens differ: in float32 they must not."""
+    """Exit code 1 when tokens differ: in float32 they must not. 130 as soon as an answer was interrupted."""
     from rich.console import Console
 
     from specdec.cli.session import open_decoder, options_of, stream_answer
@@ -41,11 +41,16 @@ def run(args: argparse.Namespace) -> int:
         console.rule(f"[bold]{prompt}")
         console.print("[dim]plain decoding[/dim]")
         base = stream_answer(plain, prompt, sampling, "text")
+        if base.finish_reason == "cancelled":
+            return 130
         console.print(
             f"[dim]with {fast.engine.drafter.name}: accepted draft tokens are [/dim][green]green[/green]"
         )
         sys.stdout.flush()
-        rows.append((prompt, base, stream_answer(fast, prompt, sampling, "tree")))
+        answer = stream_answer(fast, prompt, sampling, "tree")
+        if answer.finish_reason == "cancelled":
+            return 130
+        rows.append((prompt, base, answer))
     console.print(_table(rows))
     same = all(base.token_ids == answer.token_ids for _, base, answer in rows)
     if args.dtype == "float32" and not same:
@@ -65,8 +70,13 @@ def _table(rows: list) -> object:  # type: ignore[type-arg]
             prompt[:40] + "…",
             f"{base.tokens_per_second:.1f}",
             f"{answer.tokens_per_second:.1f}",
-            f"{answer.tokens_per_second / base.tokens_per_second:.2f}x",
+            _ratio(answer.tokens_per_second, base.tokens_per_second),
             f"{answer.counters.tau:.2f}",
             "yes" if base.token_ids == answer.token_ids else "NO",
         )
     return table
+
+
+def _ratio(fast: float, plain: float) -> str:
+    """An answer of one token has no speed."""
+    return f"{fast / plain:.2f}x" if plain > 0 else "-"

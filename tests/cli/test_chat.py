@@ -1,0 +1,115 @@
+"""`specdec chat` and `specdec demo`: a bad turn costs that turn alone, Ctrl-C ends a demo, one token has no speed."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from specdec.cli.main import main
+
+FAST = ["--dtype", "float32", "--device", "cpu", "--draft", "ngram", "--tree", "3/4/12"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def run(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Run:
+    """`specdec VERB MODEL ARGUMENTS`: exit code, stdout, stderr."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def verb(name: str, *words: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = main([name, str(model), *FAST, *words])
+        return code, *capsys.readouterr()
+
+    return verb
+
+
+CHAT = ("chat", "--ignore-eos", "--max-length", "64")
+
+
+def test_an_answer_takes_the_room_that_is_left(run: Run) -> None:
+    code, _, err = run(*CHAT, stdin=b"hi\n")
+    assert code == 0
+    assert f"{64 - len('u:hi.a:')} tokens, " in err, "512 by default, which the context does not have"
+
+
+def test_a_full_context_costs_the_turn_alone(run: Run) -> None:
+    code, out, err = run(*CHAT, "--max-tokens", "4", stdin=b"hi\n" + b"x" * 70 + b"\nyo\n/reset\nhi\n")
+    assert code == 0
+    assert err.count("4 tokens, ") == 3
+    assert "is longer than the context" in err and "/reset" in err.split("is longer")[1]
+    first, _, *_, last = out.splitlines()
+    assert first == last
+
+
+def test_a_line_that_is_not_utf8_costs_that_line_alone(run: Run) -> None:
+    code, _, err = run(*CHAT, "--max-tokens", "4", stdin=b"hi\n\xff\xfe\nmore")
+    assert code == 0
+    assert err.count("4 tokens, ") == 2
+    assert err.count("is not UTF-8") == 1
+
+
+def test_an_answer_that_fails_is_told_and_no_history(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec.generate import SpecDecoder
+    from specdec.target.load import LeanTarget
+
+    logits, sick, seen = LeanTarget.logits, iter([True]), []
+    encode = SpecDecoder.encode
+
+    def failing(self: LeanTarget, final: torch.Tensor) -> torch.Tensor:
+        return logits(self, final) * (torch.nan if next(sick, False) else 1)
+
+    def watched(self: SpecDecoder, prompt: Any, **more: Any) -> tuple[int, ...]:
+        seen.append(prompt)
+        return encode(self, prompt, **more)
+
+    monkeypatch.setattr("specdec.target.load.self_test", lambda target: None)
+    monkeypatch.setattr(LeanTarget, "logits", failing)
+    monkeypatch.setattr(SpecDecoder, "encode", watched)
+    code, _, err = run(*CHAT, "--max-tokens", "4", stdin=b"hi\nyo\n")
+    assert code == 0
+    assert "NaN" in err and err.count("4 tokens, ") == 1
+    asked = [prompt for prompt in seen if isinstance(prompt, list)]
+    assert asked[-1][0]["content"] == "yo", "the turn that failed is history"
+
+
+def test_one_token_has_no_speed(run: Run) -> None:
+    code, out, err = run("demo", "--max-tokens", "1")
+    assert code == 0, err
+    assert "NO" not in out
+
+
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_a_demo_ends_where_it_is_interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    from specdec.generate import SpecDecoder
+
+    answer, asked = SpecDecoder.run, []
+
+    def stopped(self: SpecDecoder, request: Any) -> Any:
+        asked.append(request)
+        for piece in answer(self, request):
+            if len(asked) == interrupted:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(SpecDecoder, "run", stopped)
+    code, _, err = run("demo", "--max-tokens", "20")
+    assert (code, len(asked)) == (130, interrupted)
+    assert "bug" not in err
