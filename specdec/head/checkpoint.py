@@ -28,7 +28,7 @@ from specdec.head.layout import (
     shapes,
 )
 from specdec.head.model import DraftHead
-from specdec.head.settings import head_config
+from specdec.head.settings import head_config, own
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def open_head(
     _check_weights(tensors, config)
     head = DraftHead(config).to(dtype or tensors["fc.weight"].dtype)
     fill(head, tensors, ids)
-    target = (files.config.get("specdec") or {}).get("target") or _verifier(files)
+    target = own(files.config, "target") or _verifier(files)
     return LoadedHead(head.to(device or "cpu"), files.layout, files.weights, has_embedding, target)
 
 

@@ -80,6 +80,10 @@ class HeadConfig:
                 value=self.kv_heads,
                 allowed=f"a divisor of {self.heads}",
             )
+        if self.head_dim % 2:
+            raise SpecdecError(
+                "must be even: rotary positions turn pairs", field="head_dim", value=self.head_dim
+            )
         if self.draft_vocab > self.vocab:
             raise SpecdecError(
                 "is larger than the target's vocabulary",

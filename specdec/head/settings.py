@@ -6,6 +6,7 @@ does not look at tensors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 NESTED = "eagle_config"
 OWN = "specdec"  # our block in config.json: fingerprint of the target, version
 FAMILIES = ("llama", "mistral")
+SCALINGS = {  # the numbers that each needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -62,7 +67,7 @@ def head_config(
             scaling=scaling,
             max_length=_number(layer, "max_position_embeddings", 2048),
             window=_window(layer),
-            fingerprint=(config.get(OWN) or {}).get("fingerprint"),
+            fingerprint=own(config, "fingerprint"),
             **switches(config, layout),
         )
     except (CheckpointError, UnsupportedError):
@@ -80,13 +85,21 @@ def head_config(
 def switches(config: Mapping[str, Any], layout: Layout) -> dict[str, bool]:
     """The four norm switches. A missing norm_before_residual means True in speculators files, False in raw
     ones."""
-    nested = config.get(NESTED) or {}
+    nested = _block(config, NESTED)
     absent = {"norm_before_residual": layout == "speculators"}
     found = {name: config.get(name, nested.get(name, absent.get(name, False))) for name in SWITCHES}
     for name, value in found.items():
         if not isinstance(value, bool):
             raise CheckpointError("must be true or false", field=f"config.json: {name}", value=value)
     return found
+
+
+def own(config: Mapping[str, Any], key: str) -> str | None:
+    """A word of our own block, None where there is none. Raises CheckpointError."""
+    value = _block(config, OWN).get(key)
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError("must be text", field=f"config.json: {OWN}.{key}", value=value)
+    return value
 
 
 def resolve_taps(
@@ -128,7 +141,7 @@ def resolve_taps(
 
 def declared_taps(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every statement of tap ids in a config.json, as rising layer-input ids, by where it stands."""
-    nested = config.get(NESTED) or {}
+    nested = _block(config, NESTED)
     found: dict[str, tuple[int, ...]] = {}
     for name, ids, shift in (
         (IDS, config.get(IDS), 0),
@@ -148,25 +161,36 @@ def rope_of(layer: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
     Raises:
         UnsupportedError: a scaling this build does not compute.
-        CheckpointError: two bases, or a scaling block that lacks a number.
+        CheckpointError: two bases, or a scaling block that lacks a number or has another kind of value.
     """
-    block = dict(layer.get("rope_parameters") or layer.get("rope_scaling") or {})
+    block = dict(_block(layer, "rope_parameters") or _block(layer, "rope_scaling"))
     bases = {
-        float(value)
-        for value in (layer.get("rope_theta"), block.pop("rope_theta", None))
-        if value is not None
+        _real(place, "rope_theta", 0.0) for place in (layer, block) if place.get("rope_theta") is not None
     }
+    block.pop("rope_theta", None)
     if len(bases) > 1:
         raise CheckpointError(
             "two different rotary bases", field="config.json: rope_theta", value=sorted(bases)
         )
     theta = bases.pop() if bases else 10000.0
     scaling = block if block.get("rope_type", block.get("type", "default")) != "default" else None
-    try:
-        frequencies(2, theta, scaling)
-    except KeyError as error:
-        raise CheckpointError("lacks a number", field=f"config.json: rope_scaling.{error.args[0]}") from error
+    if scaling is not None:
+        _check_scaling(scaling)
     return theta, scaling
+
+
+def _check_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = str(scaling.get("rope_type", scaling.get("type")))
+    for key in SCALINGS.get(kind, ()):
+        value: Any = scaling.get(key)
+        if not _is_number(value) or value <= 0:
+            raise CheckpointError(
+                "must be a positive number", field=f"config.json: rope_scaling.{key}", value=value
+            )
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise CheckpointError("must be below high_freq_factor", field="config.json: rope_scaling.low_freq_factor",
+                              value=scaling["low_freq_factor"])  # fmt: skip
+    frequencies(2, 1.0, scaling)  # refuses the kinds it does not know
 
 
 def _suggestion(layers: int | None) -> str:
@@ -204,6 +228,8 @@ def _window(layer: Mapping[str, Any]) -> int | None:
     """A window counts where layer_types declares it, as in vLLM; Llama files carry stray `sliding_window`
     keys."""
     kinds = layer.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise CheckpointError("must be a list", field="config.json: layer_types", value=kinds)
     if not kinds or kinds[0] != "sliding_attention":
         return None
     return _number(layer, "sliding_window")
@@ -216,6 +242,11 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
+def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object that may be absent: empty then."""
+    return {} if config.get(key) is None else _mapping(config, key)
+
+
 def _number(config: Mapping[str, Any], key: str, absent: int | None = None) -> int:
     value = config.get(key)
     value = absent if value is None else value
@@ -226,6 +257,12 @@ def _number(config: Mapping[str, Any], key: str, absent: int | None = None) -> i
 
 def _real(config: Mapping[str, Any], key: str, absent: float) -> float:
     value = config.get(key, absent)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not _is_number(value):
         raise CheckpointError("must be a number", field=f"config.json: {key}", value=value)
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one: JSON knows none that a float does not hold, Python's reader does."""
+    kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return kind and abs(value) <= sys.float_info.max

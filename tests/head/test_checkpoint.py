@@ -207,6 +207,12 @@ def test_missing_files_are_named(tmp_path: Path, raw: Path) -> None:
         load_head(raw)
 
 
+def test_a_target_that_is_no_name_is_refused(raw: Path) -> None:
+    edit_config(raw, specdec={"target": ["x"]})
+    with pytest.raises(CheckpointError, match=r"specdec\.target: must be text"):
+        open_head(raw)
+
+
 def test_an_eagle_2_head_is_called_by_its_name(raw: Path) -> None:
     tensors = {"fc.weight": torch.zeros(16, 32), "layers.0.self_attn.q_proj.weight": torch.zeros(24, 16)}
     save_file(tensors, raw / "model.safetensors")

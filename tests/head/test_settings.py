@@ -29,6 +29,10 @@ OFFICIAL: dict[str, Any] = {  # shape of the Llama-3.1-8B release
 }
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
 def test_the_official_release_needs_its_taps_named() -> None:
     with pytest.raises(MismatchError, match=r"--taps.*2,16,29"):
         head_config(OFFICIAL, "raw", target_layers=32)
@@ -87,6 +91,7 @@ def test_rotary_spellings() -> None:
         10000.0,
         {"type": "linear", "factor": 2.0},
     )
+    assert rope_of({"rope_parameters": LLAMA3}) == (10000.0, LLAMA3)
     with pytest.raises(UnsupportedError, match="yarn"):
         rope_of({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     with pytest.raises(CheckpointError, match="low_freq_factor"):
@@ -107,7 +112,23 @@ def test_rotary_spellings() -> None:
         ("norm_output", "yes", "norm_output"),
         (IDS, "2,16,29", IDS),
         (IDS, [2, 2, 29], "taps"),
+        ("specdec", "x", "specdec"),
+        ("specdec", {"fingerprint": 5}, "specdec.fingerprint"),
+        ("eagle_config", [1], "eagle_config"),
+        ("rope_scaling", "linear", "rope_scaling"),
+        ("rope_parameters", [1], "rope_parameters"),
+        ("rope_parameters", {"rope_type": "linear", "factor": "x"}, "rope_scaling.factor"),
+        ("rope_parameters", {"rope_type": "linear", "factor": None}, "rope_scaling.factor"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 0}, "rope_scaling.factor"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 10**400}, "rope_scaling.factor"),
+        ("rope_parameters", LLAMA3 | {"low_freq_factor": 4}, "rope_scaling.low_freq_factor"),
+        ("rope_theta", "abc", "rope_theta"),
+        ("rope_theta", -1, "theta"),
+        ("rope_theta", float("nan"), "rope_theta"),
+        ("layer_types", 5, "layer_types"),
+        ("head_dim", 63, "head_dim"),
     ],
+    ids=str,
 )
 def test_a_bad_key_is_named(key: str, value: Any, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
