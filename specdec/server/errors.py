@@ -98,9 +98,9 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, SpecdecError)
         return ApiError.of(error).response()
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return of_validation(error.errors()).response()
+        return of_validation(error.errors(), request.headers.get("content-type", "")).response()
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -122,8 +122,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, bug)
 
 
-def of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first complaint of the request parser as a 400 that names the field.
+def of_validation(errors: Sequence[Any], kind: str = "application/json") -> ApiError:
+    """The first complaint of the request parser as a 400 that names the field; `kind` is the body's Content-Type.
+
+    A body of another kind is not read: pages of other sites may send text and forms here, but no JSON.
 
     >>> of_validation([{"type": "extra_forbidden", "loc": ("body", "tool"), "msg": "x"}]).message
     "tool: this server does not know the field 'tool'"
@@ -143,6 +145,9 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
         param is None and first["type"] == "value_error"
     ):  # about several fields: the first word is one of them
         return ApiError(400, message, param=message.split()[0], code="invalid_value")
+    if param is None and "json" not in kind.lower():
+        told = f"the body has Content-Type {kind or 'none'}; send it with Content-Type: application/json"
+        return ApiError(400, told, code="invalid_body")
     if param is None:
         return ApiError(400, f"the body must be a JSON object ({message})", code="invalid_body")
     return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")

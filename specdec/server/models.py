@@ -43,6 +43,7 @@ def model_routes(state: ServerState) -> APIRouter:
         return _model(state)
 
     @router.get("/health")
+    @router.head("/health", include_in_schema=False)
     async def health() -> Response:
         """200 while requests are taken, 503 when the engine has died or the server is closing."""
         return Response(status_code=200 if state.healthy else 503)

@@ -76,8 +76,12 @@ def test_malformed_bodies_are_400(tight: Live, body: str) -> None:
 
 def test_bodies_that_are_no_utf8_or_no_json_type(tight: Live) -> None:
     assert tight.web.post("/tokenize", content=b'{"prompt": "\xff\xfe"}', headers=JSON).status_code == 400
-    plain = tight.web.post("/tokenize", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"})
-    assert plain.status_code == 400
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # the second is what curl -d sends
+        plain = tight.web.post("/tokenize", content='{"prompt": "x"}', headers={"Content-Type": kind})
+        assert plain.status_code == 400
+        assert plain.json()["error"]["message"].endswith("send it with Content-Type: application/json")
+    wrong = tight.web.post("/tokenize", content="[]", headers=JSON)
+    assert "must be a JSON object" in wrong.json()["error"]["message"]
 
 
 def test_slow_bodies_are_given_up(tight: Live) -> None:

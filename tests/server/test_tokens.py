@@ -55,6 +55,7 @@ def test_version_models_and_health(http: httpx.Client) -> None:
     assert http.get(f"/v1/models/{MODEL}").json() == model
     health = http.get("/health")
     assert (health.status_code, health.content) == (200, b"")
+    assert http.head("/health").status_code == 200
 
 
 def test_the_page_needs_nobody_else(http: httpx.Client) -> None:
