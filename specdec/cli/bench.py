@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from specdec.cli.screen import Screen
     from specdec.cli.session import options_of
 
     sampling = sampling_of(args)
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     else:
         # a file has no width of its own, and eighty columns would cut the intervals
-        Console(width=None if sys.stdout.isatty() else 150).print(table(rows))
+        Screen(width=None if sys.stdout.isatty() else 150).print(table(rows))
         sys.stderr.write(f"peak resident memory of generate: {rows[0]['generate_peak_mb']} MB\n")
     return 0
 

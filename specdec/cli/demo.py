@@ -23,14 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 when tokens differ: in float32 they must not. 130 as soon as an answer was interrupted."""
-    from rich.console import Console
-
+    from specdec.cli.screen import Screen
     from specdec.cli.session import open_decoder, options_of, stream_answer
     from specdec.sampling import Sampling
 
     if not args.compare_dtype and args.dtype == "auto":
         args.dtype = "float32"  # where greedy speculation must equal plain decoding token for token
-    console = Console(stderr=False, highlight=False)
+    console = Screen(highlight=False)
     fast = open_decoder(args, draft=args.draft)
     plain = fast.with_drafter("none", replace(options_of(args), tree=None))
     sampling = Sampling(max_tokens=args.max_tokens)

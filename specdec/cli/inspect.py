@@ -16,6 +16,8 @@ examples:
   specdec inspect --draft ./my-head            a head against the default target
   specdec inspect ./model.gguf --draft none    a target alone"""
 
+SHIPPED = ("auto", "head")  # words that ask for the head that ships with the package
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
@@ -25,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import options_of
+    from specdec.engine.build import LOOKUPS
     from specdec.generate import SpecDecoder
 
     taps = taps_of(args.taps)
@@ -34,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     matches = True
     if head is not None:
         report["head"], matches = _head(decoder, head, taps)
+    elif args.draft.removesuffix(LOOKUPS) in SHIPPED:
+        sys.stderr.write(f"no head ships for {decoder.engine.target.info.name}\n")
     if args.json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
@@ -48,7 +53,7 @@ def _head_path(target: str, draft: str) -> Path | None:
     name = draft.removesuffix(LOOKUPS)
     if name in ("none", "ngram"):
         return None
-    return shipped_head(target) if name in ("auto", "head") else Path(name)
+    return shipped_head(target) if name in SHIPPED else Path(name)
 
 
 def _target(decoder: Any) -> dict[str, Any]:
@@ -120,12 +125,13 @@ def _head(decoder: Any, path: Path, taps: tuple[int, ...] | None) -> tuple[dict[
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from specdec.cli.screen import Screen
 
     for title, facts in report.items():
         table = Table("", "", title=title, show_header=False)
         for key, value in facts.items():
             lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
             table.add_row(key, "\n".join(lines))
-        Console().print(table)
+        Screen().print(table)
