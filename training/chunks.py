@@ -123,7 +123,7 @@ def _window(sample: Sample, number: int, part: slice, overlap: int) -> Sample:
         return sample
     mask = sample.loss_mask[part].copy()
     mask[: overlap if number else 0] = False
-    return Sample(f"{sample.id}#{number}" if number else sample.id, sample.ids[part], mask)
+    return Sample(sample.id, sample.ids[part], mask, sample.turn, number)
 
 
 def plan_epoch(lengths: Sequence[int] | NDArray[np.int64], rule: BatchRule, epoch: int) -> EpochPlan:

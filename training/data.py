@@ -83,14 +83,18 @@ class Sample:
     """Token ids of a text and which of them the assistant wrote.
 
     Attributes:
-        id: of the conversation; windows of one conversation add `#1`, `#2`.
+        id: of the conversation, as it is there (ids may hold any character, so nothing is written into them).
         ids: int32 [T].
         loss_mask: bool [T]; True where token t is one that the target would have had to produce itself.
+        turn: the first answer in it, where one conversation gives several samples.
+        window: number of the window that was cut from a longer text; later ones begin in the middle of it.
     """
 
     id: str
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
+    turn: int = 0
+    window: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -54,11 +54,12 @@ class TemplateRefusal(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A text, the character spans in it that are the assistant's, and the id of what it came from."""
+    """A text, the character spans in it that are the assistant's, and the conversation and turn it came from."""
 
     id: str
     text: str
     spans: tuple[tuple[int, int], ...]
+    turn: int = 0
 
 
 class ChatMasker:
@@ -141,7 +142,8 @@ class ChatMasker:
     def _masked(self, rendered: Rendered) -> Sample:
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"], dtype=np.int32)
-        return Sample(rendered.id, ids, self._close(ids, _covered(encoded["offset_mapping"], rendered.spans)))
+        mask = self._close(ids, _covered(encoded["offset_mapping"], rendered.spans))
+        return Sample(rendered.id, ids, mask, rendered.turn)
 
     def _close(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """End each run at its end-of-turn token: take it in where it follows, cut what comes after."""
@@ -164,7 +166,7 @@ class ChatMasker:
             upto = self._render(messages[: at + 1])
             span = (self._start(messages[:at], upto), len(upto))
             spans.append(span)
-            apart.append(Rendered(f"{id}@{turn}", upto, (span,)))
+            apart.append(Rendered(id, upto, (span,), turn))
         # A template that rewrites history (drops earlier reasoning, moves the system prompt) has no one text
         # in which all answers stand as they were written: each answer then goes with its own context.
         stable = all(whole.startswith(part.text) for part in apart)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Texts:
 
     Attributes:
         train: windows.
-        greedy, sampled: dev texts the target wrote at temperature 0 and above, cut after some answer tokens.
+        greedy, sampled: dev texts the target wrote at temperature 0 and above, cut within their first answer.
         skip: first tokens that all samples share (a template's preamble).
         sources, licences: conversations used, by name.
         note: what was left out and why, one line.
@@ -82,8 +82,8 @@ def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped) -> Texts:
     cold = {response.id for response in store if response.temperature == 0}
     heldout = list(response_samples(store, split_dev))
     dev = [_cut(sample, recipe.evaluation.max_tokens) for sample in heldout]
-    greedy = [sample for sample in dev if sample.id.partition("@")[0] in cold]
-    sampled = [sample for sample in dev if sample.id.partition("@")[0] not in cold]
+    greedy = [sample for sample in dev if sample.id in cold]
+    sampled = [sample for sample in dev if sample.id not in cold]
     train = response_samples(store, lambda id: not split_dev(id))
     used = [r for r in store if r.turn == 0 and not split_dev(r.id)]
     return _texts(train, greedy, sampled, recipe, skipped, used)
@@ -116,9 +116,14 @@ def _texts(train: Iterable[Sample], greedy: list[Sample], sampled: list[Sample],
 
 
 def _cut(sample: Sample, answer_tokens: int) -> Sample:
-    """The sample up to so many tokens of its first answer."""
-    end = int(sample.loss_mask.argmax()) + answer_tokens
-    return Sample(sample.id, sample.ids[:end], sample.loss_mask[:end])
+    """The sample up to so many tokens of its first answer, and not beyond it: what follows are the user's words.
+
+    mask   . . x x . . x     with 5 answer tokens: . . x x
+    """
+    first = int(sample.loss_mask.argmax())
+    after = np.flatnonzero(~sample.loss_mask[first:])
+    end = first + min(answer_tokens, int(after[0]) if after.size else len(sample) - first)
+    return replace(sample, ids=sample.ids[:end], loss_mask=sample.loss_mask[:end])
 
 
 def shared_prefix(samples: Sequence[Sample]) -> int:
@@ -128,7 +133,7 @@ def shared_prefix(samples: Sequence[Sample]) -> int:
     first = samples[0].ids
     length = len(first)
     for sample in samples[1:]:
-        if "#" in sample.id:  # a later window begins in the middle of a text
+        if sample.window:  # begins in the middle of a text
             continue
         shorter = min(length, len(sample))
         differs = np.flatnonzero(first[:shorter] != sample.ids[:shorter])

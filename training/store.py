@@ -159,7 +159,7 @@ def response_samples(store: ResponseStore, keep: Callable[[str], bool] | None = 
     """What the target wrote, as training samples: the loss mask is on its answers, known without a template.
 
     Turns of one conversation become one sample where each prompt continues the ids before it (all answers for
-    the price of the last), else one sample each, `id@turn`.
+    the price of the last), else one sample each.
 
     Args:
         store: of answers.
@@ -189,7 +189,7 @@ def _sample(run: list[Response]) -> Sample:
     for response in run:
         start = len(response.prompt_ids)
         mask[start : start + len(response.response_ids)] = True
-    return Sample(run[0].id if run[0].turn == 0 else f"{run[0].id}@{run[0].turn}", ids, mask)
+    return Sample(run[0].id, ids, mask, run[0].turn)
 
 
 def _parse(line: bytes) -> Response:

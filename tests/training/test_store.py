@@ -97,9 +97,9 @@ def test_turns_that_continue_each_other_become_one_sample(tmp_path: Path) -> Non
         store.append(response("a", 2, (1, 7), (6,)))  # the template rewrote history
         samples = list(response_samples(store))
         only = list(response_samples(store, keep=lambda id: id == "b"))
-    assert [(s.id, s.ids.tolist(), s.loss_mask.astype(int).tolist()) for s in samples] == [
-        ("a", [1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 1]),
-        ("a@2", [1, 7, 6], [0, 0, 1]),
-        ("b", [9, 8], [0, 1]),
+    assert [(s.id, s.turn, s.ids.tolist(), s.loss_mask.astype(int).tolist()) for s in samples] == [
+        ("a", 0, [1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 1]),
+        ("a", 2, [1, 7, 6], [0, 0, 1]),
+        ("b", 0, [9, 8], [0, 1]),
     ]
     assert [s.id for s in only] == ["b"]

@@ -1,0 +1,58 @@
+"""What a run trains on and is measured by: ids of any kind keep their place, dev texts end with their first answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.data import Skipped, split_dev
+from training.material import Texts, from_store
+from training.recipe import load_recipe
+from training.store import Response, ResponseStore
+
+
+def ids(pattern: str, count: int, *, dev: bool) -> list[str]:
+    """So many ids of this pattern that belong to the dev split, or to the other."""
+    named = (pattern.format(n) for n in range(100_000))
+    fitting = (id for id in named if split_dev(id) == dev)
+    return [next(fitting) for _ in range(count)]
+
+
+def response(id: str, prompt: tuple[int, ...], answer: tuple[int, ...] = (8, 9, 2), turn: int = 0,
+             temperature: float = 0.0) -> Response:  # fmt: skip
+    return Response(id, "", "", temperature, prompt, answer, "stop", turn)
+
+
+def texts_of(path: Path, *responses: Response) -> Texts:
+    with ResponseStore(path) as store:
+        for one in responses:
+            store.append(one)
+        return from_store(store, load_recipe("cpu"), Skipped())
+
+
+def test_ids_may_hold_any_character(tmp_path: Path) -> None:
+    """An @ once filed greedy answers as sampled ones, a # whole texts as later windows."""
+    cold, warm = ids("user{}@mail", 4, dev=True)[:2], ids("user{}@mail", 4, dev=True)[2:]
+    train = [response(id, (1, 5, 10 + n, 7)) for n, id in enumerate(ids("set#{}", 3, dev=False))]
+    texts = texts_of(
+        tmp_path / "r.jsonl",
+        *(response(id, (1, 5, 6)) for id in cold),
+        *(response(id, (1, 5, 6), temperature=1.0) for id in warm),
+        *train,
+    )
+    assert [s.id for s in texts.greedy] == cold
+    assert [s.id for s in texts.sampled] == warm
+    assert texts.skip == 2
+
+
+def test_a_dev_text_ends_with_its_first_answer(tmp_path: Path) -> None:
+    """What the user says next is not the target's law; tau on it would be tau of nothing."""
+    (dev,), (other,) = ids("t{}", 1, dev=True), ids("t{}", 1, dev=False)
+    texts = texts_of(
+        tmp_path / "r.jsonl",
+        response(dev, (1, 5), (8, 2)),
+        response(dev, (1, 5, 8, 2, 40, 41, 42), (9, 2), turn=1),
+        response(other, (1, 5)),
+    )
+    (text,) = texts.greedy
+    assert text.ids.tolist() == [1, 5, 8, 2]
+    assert text.loss_mask.tolist() == [False, False, True, True]
