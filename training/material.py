@@ -52,18 +52,18 @@ def select(prompts: str | Path, recipe: Recipe, skipped: Skipped) -> list[Conver
     return list(rows if limit is None else islice(rows, limit))
 
 
-def answered(
+def write_answers(
     conversations: Sequence[Conversation], answerer: Answerer, store: ResponseStore, chat: ChatMasker,
     recipe: Recipe, context: int, skipped: Skipped,
-) -> Texts:  # fmt: skip
-    """Let the target answer, then cut what it wrote into samples.
+) -> None:  # fmt: skip
+    """Let the target answer into a store; `from_store` makes samples of it.
 
     Args:
         store: keeps the answers; what it holds is not asked again.
         context: longest prompt and answer the answerer takes; what is longer is skipped and counted.
 
     Raises:
-        SpecdecError: from the answerer or the disk, or when nothing was answered.
+        SpecdecError: from the answerer or the disk.
     """
     wanted = recipe.responses
     plan = AnswerPlan(wanted.max_tokens, context, HANDFULS * wanted.batch, wanted.sampled_fraction, wanted.temperature,
@@ -74,7 +74,6 @@ def answered(
     written = write_responses([c.without_answers() for c in [*dev, *train]], answerer, store, chat, plan)
     for reason, count in written.skipped.reasons.items():
         skipped.add(reason, count)
-    return from_store(store, recipe, skipped)
 
 
 def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped) -> Texts:

@@ -7,42 +7,38 @@ Knows the order of things; each thing is done elsewhere. A run that was cut shor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-from specdec.errors import MismatchError, SpecdecError
+from specdec.errors import SpecdecError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
 from specdec.head.model import DraftHead
 from specdec.target.load import LoadedTarget, load_target
 from specdec.target.loading import load_config
-from training.answers import EngineAnswerer
 from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config
 from training.card import Story, draw, write_card
 from training.checkpoint import BEST, LAST, load_state
 from training.data import Skipped
 from training.earlier import earlier_head
-from training.endpoint import Endpoint, EndpointAnswerer
 from training.features import Capture, Features
 from training.mask import ChatMasker
-from training.material import Texts, answered, given, select
+from training.material import Texts, given, select
 from training.measuring import DevSplit, Evaluator, dev_texts
 from training.objective import folded
 from training.plan import print_plan
 from training.recipe import Recipe, load_recipe
-from training.responses import Answerer
-from training.store import ResponseStore
+from training.texts import Answers
 from training.trainer import Progress, Task, Trainer
 from training.watch import Watch
 
-LONGEST = 4  # windows that a prompt and its answer may fill; longer ones are skipped and counted
+PATIENCE = timedelta(days=7)  # of the other processes while the main one writes answers and captures features
 RUN = "run"  # the folder of what only the run needs: answers, features, checkpoints
 
 
@@ -95,14 +91,14 @@ def train(order: Order, console: Console | None = None) -> Path | None:
         print_plan(console, recipe, loaded, len(conversations), earlier)
         return None
     chat = ChatMasker(loaded.tokenizer, loaded.target.info.stop_ids)
-    with accelerator.main_process_first():
-        if recipe.data.answers == "given":
-            texts = given(conversations, chat, recipe, skipped)
-        else:
-            with _store(order, loaded) as store:
-                context = min(loaded.target.info.max_length, LONGEST * recipe.data.max_length)
-                answerer = _answerer(order, loaded, recipe, context)
-                texts = answered(conversations, answerer, store, chat, recipe, context, skipped)
+    if recipe.data.answers == "given":
+        texts = given(conversations, chat, recipe, skipped)
+    else:
+        answers = Answers(order.out / RUN, loaded, recipe, order.endpoint)
+        if accelerator.is_main_process:
+            answers.write(conversations, chat, skipped)
+        accelerator.wait_for_everyone()
+        texts = answers.read(skipped)
     console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
                   f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
     return train_on(texts, loaded, recipe, order.out, console, accelerator, earlier)
@@ -180,36 +176,9 @@ def _accelerator(recipe: Recipe, order: Order, dtype: torch.dtype) -> Accelerato
     tracker = recipe.trainer.tracker
     cpu = order.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(
-        cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(order.out / RUN)
-    )
+        cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(order.out / RUN),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
     if tracker != "none":
         accelerator.init_trackers("specdec", config={"recipe": recipe.hash(), "dtype": str(dtype)})
     return accelerator
-
-
-@contextmanager
-def _store(order: Order, loaded: LoadedTarget) -> Iterator[ResponseStore]:
-    path = order.out / RUN / "responses.jsonl"
-    try:
-        store = ResponseStore(path, loaded.target.info.fingerprint)
-    except MismatchError as error:
-        raise MismatchError("the directory holds another target's answers", field="out", value=str(order.out),
-                            remedy="Choose another directory.") from error  # fmt: skip
-    with store:
-        yield store
-
-
-def _answerer(order: Order, loaded: LoadedTarget, recipe: Recipe, context: int) -> Answerer:
-    target = loaded.target
-    if order.endpoint is not None:
-        endpoint = Endpoint(order.endpoint, target.info.name)
-        return EndpointAnswerer(endpoint, _encoder(loaded), target.info.stop_ids[0])
-    return EngineAnswerer(target, recipe.responses.batch, context)
-
-
-def _encoder(loaded: LoadedTarget) -> Callable[[str], list[int]]:
-    def encode(text: str) -> list[int]:
-        ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return encode

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,25 +49,31 @@ class ResponseStore:
     Args:
         path: a .jsonl file, made when it is missing.
         fingerprint: of the target that answers; kept beside the file, another target is refused.
+        readonly: touch nothing, so that other processes may read beside this one.
 
     Raises:
         MismatchError: the file holds another target's answers.
-        CheckpointError: a line that is not the last one is broken.
+        CheckpointError: a line that is not the last one is broken, or there is no file to read.
     """
 
-    def __init__(self, path: Path, fingerprint: str | None = None) -> None:
+    def __init__(self, path: Path, fingerprint: str | None = None, *, readonly: bool = False) -> None:
         self.path = path
         self.tokens = 0
         self._places: dict[tuple[str, int], int] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _check_fingerprint(path, fingerprint)
-        self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+        if not readonly:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.is_file():
+            raise CheckpointError("the answers are gone", field="responses", value=str(path),
+                                  remedy="Choose another --out, or bring them back.")  # fmt: skip
+        _check_fingerprint(path, fingerprint, write=not readonly)
+        self._file: IO[bytes] = path.open("rb" if readonly else "r+b" if path.exists() else "w+b")
         try:
             self._end = self._scan()
         except BaseException:
             self._file.close()
             raise
-        self._file.truncate(self._end)
+        if not readonly:
+            self._file.truncate(self._end)
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +105,24 @@ class ResponseStore:
         for id, numbers in turns.items():
             for turn in sorted(numbers):
                 yield self.get(id, turn)
+
+    def restrict(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Hold no more than these answers from now on; the file keeps them all.
+
+        Raises:
+            CheckpointError: one of them is not there.
+        """
+        keys = set(keys)
+        if gone := keys - self._places.keys():
+            raise CheckpointError(f"{len(gone):,} of {len(keys):,} answers that training began with are gone",
+                                  field="responses", value=str(self.path),
+                                  remedy="Choose another --out, or bring them back.")  # fmt: skip
+        self._places = {key: place for key, place in self._places.items() if key in keys}
+        self.tokens = sum(len(response.response_ids) for response in self)
+
+    def keys(self) -> list[tuple[str, int]]:
+        """(id, turn) of every answer, in the order they were written."""
+        return list(self._places)
 
     def append(self, response: Response) -> None:
         """Add one answer and hand it to the operating system; a killed process loses none.
@@ -199,7 +223,7 @@ def _parse(line: bytes) -> Response:
     return Response(**row)
 
 
-def _check_fingerprint(path: Path, fingerprint: str | None) -> None:
+def _check_fingerprint(path: Path, fingerprint: str | None, *, write: bool) -> None:
     """Compare with, or write, the small file that says whose answers these are."""
     if fingerprint is None:
         return
@@ -213,6 +237,8 @@ def _check_fingerprint(path: Path, fingerprint: str | None) -> None:
                 allowed=fingerprint,
                 remedy="Choose another --out, or delete the answers.",
             )
+        return
+    if not write:
         return
     fresh = beside.with_name(beside.name + ".tmp")
     fresh.write_text(fingerprint + "\n")

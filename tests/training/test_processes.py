@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 TESTS = Path(__file__).parent.parent
 SCRIPT = str(TESTS / "training_process.py")
 STEPS = 50
+TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+       "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -67,11 +70,33 @@ def test_sigkill_at_any_step_changes_no_bit(tmp_path: Path, optimizer: str) -> N
 def test_two_processes_follow_one_with_twice_the_batch(tmp_path: Path) -> None:
     """DDP under `accelerate launch` against accumulation of the same micro-batches, loss by loss over 50 steps."""
     options = ("trainer.epochs=26", "loss.prompt_weight=0.5")
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
     one = run(tmp_path / "one", *options, "trainer.accumulation=2")
-    two = run(tmp_path / "two", *options, launch=launch)
+    two = run(tmp_path / "two", *options, launch=TWO)
     assert len(one) == len(two) >= STEPS
     for left, right in zip(one[:STEPS], two[:STEPS], strict=True):
         assert left["loss"] == pytest.approx(right["loss"], abs=1e-4), left["step"]
     assert one[STEPS - 1]["loss"][0] < 0.8 * one[0]["loss"][0], "nothing was learnt, so nothing was compared"
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_answers_when_time_is_short(tmp_path: Path) -> None:
+    """Each used to write more answers in turn, as far as the clock let it, and so to walk through other windows."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "head"
+    prompts.write_text(
+        "".join(json.dumps({"id": f"row-{n}", "prompt": f"Say {n}"}) + "\n" for n in range(3000))
+    )
+    settings = ("data.max_length=64", "responses.max_tokens=24", "responses.batch=4", "responses.max_minutes=0.01",
+                "vocab.size=40", "head.taps=[2,4,6]", "unroll.steps=1", "unroll.curriculum=[]", "trainer.epochs=1",
+                "evaluation.prompts=2", "trainer.batch_tokens=256", "trainer.precision=fp32",
+                "trainer.max_minutes=null", "trainer.tracker=none")  # fmt: skip
+    target = tiny.save("llama", tmp_path)
+    command = [sys.executable, *TWO, "-m", "specdec.cli.main", "train", "--target", str(target), "--prompts",
+               str(prompts), "--out", str(out), *settings]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [line for line in done.stderr.splitlines() if line.startswith("data:")]
+    assert len(told) == 2
+    assert told[0].rpartition(";")[2] == told[1].rpartition(";")[2]
+    assert "row-2999" not in (out / "run" / "responses.jsonl").read_text(), "time was not short"

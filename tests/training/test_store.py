@@ -103,3 +103,21 @@ def test_turns_that_continue_each_other_become_one_sample(tmp_path: Path) -> Non
         ("b", 0, [9, 8], [0, 1]),
     ]
     assert [s.id for s in only] == ["b"]
+
+
+def test_a_reader_touches_nothing_beside_a_writer(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(CheckpointError, match="gone"):
+        ResponseStore(path, "target", readonly=True)
+    with ResponseStore(path, "target") as store:
+        store.append(response("a"))
+        store.append(response("b"))
+    torn = path.read_bytes() + b'{"id": "c'  # as a writer leaves it between two calls
+    path.write_bytes(torn)
+    with ResponseStore(path, "target", readonly=True) as reader:
+        assert reader.keys() == [("a", 0), ("b", 0)]
+        reader.restrict([("b", 0)])
+        assert [r.id for r in reader] == ["b"] and reader.tokens == 2
+        with pytest.raises(CheckpointError, match="1 of 1 answers that training began with"):
+            reader.restrict([("a", 0)])
+    assert path.read_bytes() == torn
