@@ -13,7 +13,7 @@ import torch
 
 from specdec.errors import CheckpointError, MismatchError
 
-VERSION = 1
+VERSION = 2  # 1 knew neither the texts nor the scale of a run, and counted its place in groups
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -52,10 +52,14 @@ def load_state(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         saved: dict[str, str] = state["identity"]
+        version = int(state["version"])
     except Exception as error:  # whatever a torn or foreign file makes the unpickler raise
         raise CheckpointError(
             f"cannot be read: {error}", field=str(path), remedy="Delete it to start the run again."
         ) from error
+    if version != VERSION:
+        raise CheckpointError("is of another version of specdec", field=str(path), value=version,
+                              allowed=str(VERSION), remedy="Delete it to train again on the same answers.")  # fmt: skip
     for name, value in identity.items():
         if saved.get(name) != value:
             raise MismatchError("the run was begun with another one", field=name, value=value,

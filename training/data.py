@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -98,6 +98,17 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def digest_of(samples: Iterable[Sample]) -> str:
+    """16 hex digits of what samples are and in which order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(
+            f"{len(sample)} {sample.turn} {sample.window} {sample.id}\0".encode(errors="surrogatepass")
+        )
+        digest.update(sample.ids.tobytes() + sample.loss_mask.tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Skipped:

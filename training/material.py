@@ -34,6 +34,7 @@ class Texts:
         skip: first tokens that all samples share (a template's preamble).
         sources, licences: conversations used, by name.
         note: what was left out and why, one line.
+        answers: (id, turn) of the target's answers behind all this; none where the data gave them.
     """
 
     train: list[Sample]
@@ -43,6 +44,7 @@ class Texts:
     sources: Counter[str] = field(default_factory=Counter)
     licences: Counter[str] = field(default_factory=Counter)
     note: str = ""
+    answers: tuple[tuple[str, int], ...] = ()
 
 
 def select(prompts: str | Path, recipe: Recipe, skipped: Skipped) -> list[Conversation]:
@@ -85,7 +87,7 @@ def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped) -> Texts:
     sampled = [sample for sample in dev if sample.id not in cold]
     train = response_samples(store, lambda id: not split_dev(id))
     used = [r for r in store if r.turn == 0 and not split_dev(r.id)]
-    return _texts(train, greedy, sampled, recipe, skipped, used)
+    return replace(_texts(train, greedy, sampled, recipe, skipped, used), answers=tuple(store.keys()))
 
 
 def given(conversations: Sequence[Conversation], chat: ChatMasker, recipe: Recipe, skipped: Skipped) -> Texts:

@@ -7,6 +7,7 @@ Knows the order of things; each thing is done elsewhere. A run that was cut shor
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from specdec.target.loading import load_config
 from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config
 from training.card import Story, draw, write_card
 from training.checkpoint import BEST, LAST, load_state
-from training.data import Skipped
+from training.data import Skipped, digest_of
 from training.earlier import earlier_head
 from training.features import Capture, Features
 from training.mask import ChatMasker
@@ -34,7 +35,7 @@ from training.measuring import DevSplit, Evaluator, dev_texts
 from training.objective import folded
 from training.plan import print_plan
 from training.recipe import Recipe, load_recipe
-from training.texts import Answers
+from training.texts import Answers, check_recipe, settle
 from training.trainer import Progress, Task, Trainer
 from training.watch import Watch
 
@@ -77,6 +78,7 @@ def train(order: Order, console: Console | None = None) -> Path | None:
     console = console or Console(stderr=True)
     recipe = load_recipe(order.recipe, order.overrides)
     dtype = compute_dtype(recipe)
+    check_recipe(order.out / RUN, recipe)
     if not order.resume and (order.out / RUN / LAST).exists():
         raise SpecdecError("holds a run already", field="out", value=str(order.out),
                            remedy="Drop --no-resume to continue it, or choose another directory.")  # fmt: skip
@@ -99,6 +101,8 @@ def train(order: Order, console: Console | None = None) -> Path | None:
             answers.write(conversations, chat, skipped)
         accelerator.wait_for_everyone()
         texts = answers.read(skipped)
+        if answers.settled:
+            console.print(f"training has begun: its {len(texts.answers):,} answers are kept and none added")
     console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
                   f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
     return train_on(texts, loaded, recipe, order.out, console, accelerator, earlier)
@@ -115,32 +119,53 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     capture = Capture(target, config.taps, recipe.trainer.batch_tokens)
     features = Features(texts.train, capture, out / RUN / "features", recipe.cache.gigabytes)
     if accelerator.is_main_process and features.kept:
-        with console.status("capturing features") as status:
-            done = [0]
-
-            def advance(tokens: int) -> None:
-                done[0] += tokens
-                status.update(f"capturing features: {done[0]:,} tokens")
-
-            features.fill(advance)
+        _fill(features, console)
     accelerator.wait_for_everyone()
     objective, optimizer = build(target, config, vocabulary, features, recipe, earlier)
-    identity = {"target": target.info.fingerprint, "recipe": recipe.hash(), "taps": str(config.taps)}
+    identity = {"target": target.info.fingerprint, "recipe": recipe.hash(), "taps": str(config.taps),
+                "texts": digest_of(texts.train), "draft vocabulary": _digest(vocabulary.ids)}  # fmt: skip
     task = Task(recipe, objective, optimizer, texts.train, features, texts.skip, identity)
-    splits = [
-        DevSplit(Features(dev_texts(part, recipe.evaluation.prompts), capture), objective.scale)
-        for part in (texts.greedy, texts.sampled)
-    ]
     with Watch(out, console, accelerator) as watch:
-        evaluate = Evaluator(objective.head, target.embed, *splits)
-        trainer = Trainer(task, out / RUN, evaluate, watch, accelerator)
+        trainer = Trainer(task, out / RUN, report=watch, accelerator=accelerator)
         if trainer.resume():
             console.print(f"resuming at step {trainer.progress.step:,}")
+        trainer.evaluate = _evaluator(
+            texts, capture, task
+        )  # after resuming, which brings the features' scale
+        trainer.plan(0)  # too little text is told before it is settled
+        if accelerator.is_main_process:
+            settle(out / RUN, texts.answers, recipe)
         progress = trainer.run()
     accelerator.end_training()
     if accelerator.is_main_process:
         _deliver(out, loaded, task, config, progress, texts, vocabulary, trainer.clock.seconds / 60)
     return out
+
+
+def _fill(features: Features, console: Console) -> None:
+    """Capture what the cache has room for."""
+    with console.status("capturing features") as status:
+        done = [0]
+
+        def advance(tokens: int) -> None:
+            done[0] += tokens
+            status.update(f"capturing features: {done[0]:,} tokens")
+
+        features.fill(advance)
+
+
+def _evaluator(texts: Texts, capture: Capture, task: Task) -> Evaluator:
+    """What measures the head on the dev texts."""
+    objective, most = task.objective, task.recipe.evaluation.prompts
+    splits = [
+        DevSplit(Features(dev_texts(part, most), capture), objective.scale)
+        for part in (texts.greedy, texts.sampled)
+    ]
+    return Evaluator(objective.head, capture.target.embed, *splits)
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _deliver(out: Path, loaded: LoadedTarget, task: Task, config: HeadConfig, progress: Progress, texts: Texts,

@@ -1,27 +1,33 @@
-"""The answers of a run on disk: written by one process, read by all.
+"""The answers of a run on disk: written by one process, read by all, settled once training begins.
 
-Knows files and the target's answerers; nothing of heads.
+What a head trains on decides its draft vocabulary, its windows and their order, so a later sitting must find the very
+texts that the first one had, even where more prompts or more minutes would give more; and the same recipe. Knows files
+and the target's answerers; nothing of heads.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdec.errors import MismatchError
+from specdec.errors import CheckpointError, MismatchError, SpecdecError
 from specdec.target.load import LoadedTarget
 from training.answers import EngineAnswerer
+from training.checkpoint import LAST
 from training.data import Conversation, Skipped
 from training.endpoint import Endpoint, EndpointAnswerer
 from training.mask import ChatMasker
 from training.material import Texts, from_store, write_answers
-from training.recipe import Recipe
+from training.recipe import Recipe, load_recipe
 from training.responses import Answerer
 from training.store import ResponseStore
 
 LONGEST = 4  # windows that a prompt and its answer may fill; longer ones are skipped and counted
-ANSWERS = "responses.jsonl"
+ANSWERS, SETTLED, RECIPE = "responses.jsonl", "texts.json", "recipe.yaml"
+Key = tuple[str, int]  # conversation and turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +45,32 @@ class Answers:
     recipe: Recipe
     endpoint: str | None = None
 
+    @property
+    def settled(self) -> bool:
+        """Whether training has begun: no answer is added then."""
+        return (self.folder / SETTLED).exists() or (self.folder / LAST).exists()
+
     def write(self, conversations: Sequence[Conversation], chat: ChatMasker, skipped: Skipped) -> None:
-        """Have the conversations answered that are not yet. For one process.
+        """Have the conversations answered that are not yet, unless the texts are settled. For one process.
 
         Raises:
             SpecdecError: from the answerer or the disk. MismatchError: the folder holds another target's answers.
         """
+        if self.settled:
+            return
         context = min(self.loaded.target.info.max_length, LONGEST * self.recipe.data.max_length)
         with self._open() as store:
             write_answers(conversations, self._answerer(context), store, chat, self.recipe, context, skipped)
 
     def read(self, skipped: Skipped) -> Texts:
-        """What was written. Changes nothing, so many processes may.
+        """What was written, or of it what training began with. Changes nothing, so many processes may.
 
         Raises:
-            SpecdecError: there is nothing to train on.
+            SpecdecError: there is nothing to train on. CheckpointError: settled answers are missing.
         """
         with self._open(readonly=True) as store:
+            if (keys := settled_answers(self.folder)) is not None:
+                store.restrict(keys)
             return from_store(store, self.recipe, skipped)
 
     def _open(self, readonly: bool = False) -> ResponseStore:
@@ -74,6 +89,61 @@ class Answers:
             endpoint = Endpoint(self.endpoint, target.info.name)
             return EndpointAnswerer(endpoint, _encoder(self.loaded), target.info.stop_ids[0])
         return EngineAnswerer(target, self.recipe.responses.batch, context)
+
+
+def settle(folder: Path, keys: Sequence[Key], recipe: Recipe) -> None:
+    """Write down what training begins with: the recipe, and which answers (none where the data gave them).
+
+    Raises:
+        SpecdecError: the disk refuses.
+    """
+    _put(folder / RECIPE, recipe.to_yaml())
+    if keys:
+        _put(folder / SETTLED, json.dumps([list(key) for key in keys]))
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """See that a run is continued with the recipe it was begun with.
+
+    Raises:
+        MismatchError: it is not, naming what differs.
+    """
+    path = folder / RECIPE
+    if not (path.exists() and (folder / LAST).exists()):
+        return
+    if differences := load_recipe(path).differences(recipe):
+        raise MismatchError(f"the run was begun with other settings: {'; '.join(differences)}", field="recipe",
+                            remedy="Take these back, or choose another --out.")  # fmt: skip
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise SpecdecError(f"cannot be written: {error.strerror or error}", field="out", value=str(path),
+                           remedy="Free some space and run again.") from error  # fmt: skip
+
+
+def settled_answers(folder: Path) -> list[Key] | None:
+    """The answers that training began with; None before it has.
+
+    Raises:
+        CheckpointError: the list cannot be read.
+    """
+    path = folder / SETTLED
+    if not path.exists():
+        return None
+    try:
+        return [(str(id), int(turn)) for id, turn in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot be read: {error}", field="out", value=str(path),
+                              remedy="Start a new run in another directory.") from error  # fmt: skip
 
 
 def _encoder(loaded: LoadedTarget) -> Callable[[str], list[int]]:

@@ -92,7 +92,7 @@ class Trainer:
         self.together = self.accelerator.num_processes * trainer.accumulation
 
     def resume(self) -> bool:
-        """Continue from the last checkpoint, if there is one.
+        """Continue from the last checkpoint, if there is one; the scale of the features is the one it learned with.
 
         Raises:
             MismatchError: it is another run's. CheckpointError: it cannot be read.
@@ -101,6 +101,7 @@ class Trainer:
         if state is None:
             return False
         self.task.optimizer.load_state_dict(state["optimizer"])
+        self.task.objective.scale.copy_(state["scale"])
         saved = state["progress"]
         self.progress = Progress(**saved | {"position": Position(*saved["position"])})
         self.clock.before = state["seconds"]
@@ -115,12 +116,8 @@ class Trainer:
         """
         while self.progress.position.epoch < self.task.recipe.trainer.epochs:
             epoch = self.progress.position.epoch
-            plan = plan_epoch(self.lengths, self.rule, epoch).batches
+            plan = self.plan(epoch)
             groups = len(plan) // self.together
-            if not groups:
-                raise SpecdecError("is too little data for one optimizer step", field="data",
-                                   value=f"{len(plan)} batches", allowed=f">= {self.together}",
-                                   remedy="Lower trainer.batch_tokens or trainer.accumulation.")  # fmt: skip
             for group in range(self.progress.position.batch, groups):
                 done = self._done(epoch + group / groups)
                 if done >= 1:
@@ -130,6 +127,15 @@ class Trainer:
                 self.progress.position = Position(epoch + 1, 0) if last else Position(epoch, group + 1)
                 self._look_up()
         return self._finish()
+
+    def plan(self, epoch: int) -> tuple[tuple[int, ...], ...]:
+        """The batches of one epoch. Raises SpecdecError where they are too few for an optimizer step."""
+        plan = plan_epoch(self.lengths, self.rule, epoch).batches
+        if len(plan) < self.together:
+            raise SpecdecError("is too little data for one optimizer step", field="data",
+                               value=f"{len(plan)} batches", allowed=f">= {self.together}",
+                               remedy="Lower trainer.batch_tokens or trainer.accumulation.")  # fmt: skip
+        return plan
 
     def _done(self, epochs: float) -> float:
         """Fraction of the run: by epochs, tokens or time, whichever is furthest; one answer for all processes."""

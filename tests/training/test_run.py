@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from specdec.errors import MismatchError, SpecdecError
 from specdec.head.checkpoint import load_head
 from training.checkpoint import LAST
 from training.run import RUN, Order, train
+from training.store import ResponseStore
+from training.texts import SETTLED
+from training.trainer import Trainer
 from training.watch import read_log
 
 SMALL = [
@@ -68,7 +72,7 @@ def test_a_name_and_prompts_become_a_head_that_loads(target: Path, prompts: Path
     steps = len(read_log(out / "train_log.jsonl", "step"))
     train(order(target, prompts, out), quiet())  # nothing is left to do
     assert len(read_log(out / "train_log.jsonl", "step")) == steps
-    with pytest.raises(MismatchError, match="recipe"):
+    with pytest.raises(MismatchError, match=r"recipe: .*optimizer\.lr: 0\.\d+ -> 0\.001"):
         train(order(target, prompts, out, "optimizer.lr=1e-3"), quiet())
     with pytest.raises(SpecdecError, match="holds a run"):
         train(order(target, prompts, out, resume=False), quiet())
@@ -137,3 +141,39 @@ def test_a_run_goes_on_from_an_earlier_head(target: Path, prompts: Path, tmp_pat
     for name, value in before.state_dict().items():
         assert torch.allclose(after.state_dict()[name].double(), value.double(), rtol=2**-7, atol=1e-6), name
     assert f"start: {first}" in (second / "README.md").read_text()
+
+
+def test_a_later_sitting_trains_on_the_texts_of_the_first(
+    target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More answers would be another draft vocabulary, and the weights of the first under it."""
+    train(order(target, prompts, tmp_path / "straight"), quiet())
+    out, look_up = tmp_path / "killed", Trainer._look_up
+
+    def die(trainer: Trainer) -> None:
+        look_up(trainer)
+        if trainer.progress.step == 3:
+            trainer.save()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_look_up", die)
+        train(order(target, prompts, out), quiet())
+    answers = (out / RUN / "responses.jsonl").read_bytes()
+    with prompts.open("a") as file:
+        file.writelines(json.dumps({"id": f"late-{n}", "prompt": f"Write of {n}"}) + "\n" for n in range(20))
+    console = Console(record=True, width=200)
+    train(order(target, prompts, out), console)
+    assert "its 120 answers are kept" in console.export_text()
+    assert (out / RUN / "responses.jsonl").read_bytes() == answers
+    straight, resumed = load_head(tmp_path / "straight"), load_head(out)
+    assert all(
+        torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items()
+    )
+
+    (out / RUN / SETTLED).unlink()
+    with ResponseStore(out / RUN / "responses.jsonl") as store:
+        first = next(iter(store))
+        store.append(replace(first, id="stranger"))
+    with pytest.raises(MismatchError, match="texts"):
+        train(order(target, prompts, out), quiet())

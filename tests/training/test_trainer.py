@@ -211,3 +211,20 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 def test_the_clock_counts_earlier_sittings() -> None:
     clock = Clock(before=60.0, max_minutes=4.0, now=iter([0.0, 60.0]).__next__)
     assert clock.spent == 0.5
+
+
+def test_a_resumed_run_keeps_the_scale_it_learned_with(tmp_path: Path) -> None:
+    """Measured again, on another machine or with other threads, it may differ, and the weights are in its units."""
+    work = task(samples(), "trainer.epochs=1")
+    work.objective.scale.fill_(2.0)
+    train(work, tmp_path)
+    resumed = task(samples(), "trainer.epochs=1")
+    assert Trainer(resumed, tmp_path, accelerator=alone()).resume()
+    assert resumed.objective.scale.unique().tolist() == [2.0]
+
+
+def test_a_checkpoint_of_an_earlier_layout_is_refused(tmp_path: Path) -> None:
+    train(task(samples(), "trainer.epochs=1"), tmp_path)
+    torch.save(torch.load(tmp_path / LAST, weights_only=True) | {"version": 1}, tmp_path / LAST)
+    with pytest.raises(CheckpointError, match="another version"):
+        train(task(samples(), "trainer.epochs=1"), tmp_path)
