@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands; saved in every checkpoint."""
+    """Where a run stands; saved in every checkpoint. `tokens` are those that all processes have visited."""
 
     position: Position = field(default_factory=Position)
     step: int = 0
@@ -118,14 +118,17 @@ class Trainer:
             epoch = self.progress.position.epoch
             plan = self.plan(epoch)
             groups = len(plan) // self.together
-            for group in range(self.progress.position.batch, groups):
+            # the place is a batch, so that another number of processes finds it, too
+            for group in range(self.progress.position.batch // self.together, groups):
                 done = self._done(epoch + group / groups)
                 if done >= 1:
                     return self._finish()
-                self._step(plan[group * self.together : (group + 1) * self.together], done)
+                after = (group + 1) * self.together
+                self._step(plan[group * self.together : after], done)
                 last = group + 1 == groups
-                self.progress.position = Position(epoch + 1, 0) if last else Position(epoch, group + 1)
+                self.progress.position = Position(epoch + 1, 0) if last else Position(epoch, after)
                 self._look_up()
+            self.progress.position = Position(epoch + 1, 0)  # where what is left of an epoch makes no group
         return self._finish()
 
     def plan(self, epoch: int) -> tuple[tuple[int, ...], ...]:
@@ -140,9 +143,9 @@ class Trainer:
     def _done(self, epochs: float) -> float:
         """Fraction of the run: by epochs, tokens or time, whichever is furthest; one answer for all processes."""
         trainer, processes = self.task.recipe.trainer, self.accelerator.num_processes
-        visited = self.progress.tokens * processes / trainer.max_tokens if trainer.max_tokens else 0.0
+        visited = self.progress.tokens / trainer.max_tokens if trainer.max_tokens else 0.0
         done = torch.tensor(max(epochs / trainer.epochs, visited, self.clock.spent), dtype=torch.float64)
-        if processes > 1 and (trainer.max_minutes or trainer.max_tokens):
+        if processes > 1 and trainer.max_minutes:
             from accelerate.utils import broadcast
 
             done = broadcast(done.to(self.accelerator.device))
@@ -165,7 +168,7 @@ class Trainer:
             except RuntimeError as error:
                 raise _out_of_memory(error) from error
             sums += marks
-            progress.tokens += int(material.lengths.sum())
+        progress.tokens += sum(int(self.lengths[index]) for batch in group for index in batch)
         sums = self.accelerator.reduce(sums, "sum")
         norm = self._clip()
         if not (math.isfinite(norm) and bool(sums.isfinite().all())):

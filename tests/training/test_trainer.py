@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.errors import CheckpointError, MismatchError, SpecdecError, UnsupportedError
 from training.checkpoint import BEST, LAST
+from training.chunks import Position
 from training.objective import folded, position_weights, scaled
 from training.optim import Optimizer, Rates, blocks, orthogonal
 from training.schedule import Clock, rate
@@ -228,3 +229,25 @@ def test_a_checkpoint_of_an_earlier_layout_is_refused(tmp_path: Path) -> None:
     torch.save(torch.load(tmp_path / LAST, weights_only=True) | {"version": 1}, tmp_path / LAST)
     with pytest.raises(CheckpointError, match="another version"):
         train(task(samples(), "trainer.epochs=1"), tmp_path)
+
+
+@pytest.mark.parametrize("left", [1, 3])
+def test_another_number_of_processes_goes_on_from_the_same_batch(tmp_path: Path, left: int) -> None:
+    """Groups of batches counted by one process once sent two of them round an epoch for ever, or back in it."""
+    texts = samples()
+    with pytest.raises(Killed):
+        batches = len(Trainer(task(texts), tmp_path, accelerator=alone()).plan(0))
+        train(task(texts, EVERY_STEP), tmp_path, stop_after=batches - left + 1)
+    trainer = Trainer(task(texts, EVERY_STEP), tmp_path, accelerator=alone())
+    assert trainer.resume()
+    assert trainer.progress.position == Position(0, batches - left)
+    trainer.together = 2  # as two processes have it
+    steps = trainer.progress.step
+    progress = trainer.run()
+    groups = [len(trainer.plan(epoch)) // 2 for epoch in range(4)]
+    assert progress.step - steps == groups[0] - (batches - left) // 2 + sum(groups[1:])
+
+
+def test_tokens_are_those_of_all_processes(tmp_path: Path) -> None:
+    work = task(samples(), "trainer.epochs=1")
+    assert train(work, tmp_path)[-1]["tokens"] == sum(len(sample) for sample in work.samples)
