@@ -78,7 +78,7 @@ def one(
     return {
         "seed": recipe.trainer.seed, "windows": len(texts.train), "text_tokens": sum(map(len, texts.train)),
         "visited": steps[-1]["tokens"], "steps": steps[-1]["step"], "loss": steps[-1]["loss"][0],
-        "tau": graded["tau"], "greedy": graded.get("greedy"), "sampled": graded.get("sampled"),
+        "tau": graded.get("tau"), "greedy": graded.get("greedy"), "sampled": graded.get("sampled"),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 

@@ -1,12 +1,12 @@
 """From prompts to samples: conversations read, answered by the target, split into windows, dev split set apart.
 
-Knows files, templates and stores; nothing of heads. The dev split is decided by conversation id alone.
+Knows files, templates and stores; nothing of heads. The dev split is decided by conversation id alone (see `held_out`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from specdec.errors import SpecdecError
 from training.chunks import split_windows
 from training.data import Conversation, Sample, Skipped, read_conversations, split_dev
-from training.mask import ChatMasker, mask_conversations
+from training.mask import ChatMasker, TemplateRefusal, mask_conversations
 from training.recipe import Recipe
 from training.responses import Answerer, AnswerPlan, write_responses
 from training.store import Response, ResponseStore, response_samples
@@ -54,6 +54,11 @@ def select(prompts: str | Path, recipe: Recipe, skipped: Skipped) -> list[Conver
     return list(rows if limit is None else islice(rows, limit))
 
 
+def held_out(ids: Iterable[str]) -> Callable[[str], bool]:
+    """`split_dev`, or none held out where these, the conversations of a run, would leave nothing to train on."""
+    return split_dev if not all(map(split_dev, ids)) else lambda id: False
+
+
 def write_answers(
     conversations: Sequence[Conversation], answerer: Answerer, store: ResponseStore, chat: ChatMasker,
     recipe: Recipe, context: int, skipped: Skipped,
@@ -70,23 +75,28 @@ def write_answers(
     wanted = recipe.responses
     plan = AnswerPlan(wanted.max_tokens, context, HANDFULS * wanted.batch, wanted.sampled_fraction, wanted.temperature,
                       recipe.trainer.seed, wanted.max_minutes)  # fmt: skip
-    dev = [c for c in conversations if split_dev(c.id)][: recipe.evaluation.prompts]
-    train = [c for c in conversations if not split_dev(c.id)]
+    held = held_out(c.id for c in conversations)
+    dev = [c for c in conversations if held(c.id)][: recipe.evaluation.prompts]
+    train = [c for c in conversations if not held(c.id)]
     # the dev split first: a run that is cut short can still be measured
     written = write_responses([c.without_answers() for c in [*dev, *train]], answerer, store, chat, plan)
     for reason, count in written.skipped.reasons.items():
         skipped.add(reason, count)
 
 
-def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped) -> Texts:
-    """Samples of the answers that a store holds."""
+def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped,
+               held: Callable[[str], bool] = split_dev) -> Texts:  # fmt: skip
+    """Samples of the answers that a store holds.
+
+    Args:
+        held: which conversations are measured on and never trained on.
+    """
     cold = {response.id for response in store if response.temperature == 0}
-    heldout = list(response_samples(store, split_dev))
-    dev = [_cut(sample, recipe.evaluation.max_tokens) for sample in heldout]
+    dev = [_cut(sample, recipe.evaluation.max_tokens) for sample in response_samples(store, held)]
     greedy = [sample for sample in dev if sample.id in cold]
     sampled = [sample for sample in dev if sample.id not in cold]
-    train = response_samples(store, lambda id: not split_dev(id))
-    used = [r for r in store if r.turn == 0 and not split_dev(r.id)]
+    train = response_samples(store, lambda id: not held(id))
+    used = [r for r in store if r.turn == 0 and not held(r.id)]
     return replace(_texts(train, greedy, sampled, recipe, skipped, used), answers=tuple(store.keys()))
 
 
@@ -96,11 +106,22 @@ def given(conversations: Sequence[Conversation], chat: ChatMasker, recipe: Recip
     Raises:
         SpecdecError: no assistant turns, or a template that cannot be masked.
     """
-    train = mask_conversations([c for c in conversations if not split_dev(c.id)], chat, skipped)
-    dev = [c for c in conversations if split_dev(c.id) and c.messages][: recipe.evaluation.prompts]
-    texts = [_cut(s, recipe.evaluation.max_tokens) for c in dev for s in chat.samples(c) if s.loss_mask.any()]
+    held = held_out(c.id for c in conversations)
+    train = mask_conversations([c for c in conversations if not held(c.id)], chat, skipped)
+    dev = [c for c in conversations if held(c.id) and c.messages][: recipe.evaluation.prompts]
+    # one by one: a refused conversation among them is as little an error as among the others
+    samples = [sample for c in dev for sample in _samples(c, chat, skipped)]
+    texts = [_cut(sample, recipe.evaluation.max_tokens) for sample in samples if sample.loss_mask.any()]
     used = [Response(c.id, c.source, c.licence, 0.0, (), (), "stop", 0) for c in conversations]
     return _texts(train, texts, [], recipe, skipped, used)
+
+
+def _samples(conversation: Conversation, chat: ChatMasker, skipped: Skipped) -> list[Sample]:
+    try:
+        return chat.samples(conversation)
+    except TemplateRefusal as refusal:
+        skipped.add(f"refused by the chat template: {refusal}")
+        return []
 
 
 def _texts(train: Iterable[Sample], greedy: list[Sample], sampled: list[Sample], recipe: Recipe,

@@ -66,7 +66,8 @@ class Evaluator:
 
     Args:
         head, embed: what is trained.
-        greedy, sampled: dev splits; "tau" is the mean of the tree taus of those that have rounds.
+        greedy, sampled: dev splits; "tau" is the mean of the tree taus of those that have rounds, and missing
+            where none has: nothing was measured then.
     """
 
     def __init__(self, head: DraftHead, embed: Callable[[Tensor], Tensor], greedy: DevSplit,
@@ -87,7 +88,7 @@ class Evaluator:
                 "tau_chain": round(chain.tau, 4), "alpha_chain": _rounded(chain.alpha()),
                 "alpha_taught": split.taught(self.head, self.embed),
             }  # fmt: skip
-        return {"tau": round(sum(taus) / len(taus), 4) if taus else 0.0} | row
+        return ({"tau": round(sum(taus) / len(taus), 4)} if taus else {}) | row
 
 
 def _rounded(rates: Sequence[float]) -> list[float]:

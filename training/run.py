@@ -100,7 +100,7 @@ def train(order: Order, console: Console | None = None) -> Path | None:
         if accelerator.is_main_process:
             answers.write(conversations, chat, skipped)
         accelerator.wait_for_everyone()
-        texts = answers.read(skipped)
+        texts = answers.read(conversations, skipped)
         if answers.settled:
             console.print(f"training has begun: its {len(texts.answers):,} answers are kept and none added")
     console.print(f"data: {texts.note}; {len(texts.train):,} windows, "

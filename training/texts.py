@@ -20,7 +20,7 @@ from training.checkpoint import LAST
 from training.data import Conversation, Skipped
 from training.endpoint import Endpoint, EndpointAnswerer
 from training.mask import ChatMasker
-from training.material import Texts, from_store, write_answers
+from training.material import Texts, from_store, held_out, write_answers
 from training.recipe import Recipe, load_recipe
 from training.responses import Answerer
 from training.store import ResponseStore
@@ -62,7 +62,7 @@ class Answers:
         with self._open() as store:
             write_answers(conversations, self._answerer(context), store, chat, self.recipe, context, skipped)
 
-    def read(self, skipped: Skipped) -> Texts:
+    def read(self, conversations: Sequence[Conversation], skipped: Skipped) -> Texts:
         """What was written, or of it what training began with. Changes nothing, so many processes may.
 
         Raises:
@@ -71,7 +71,7 @@ class Answers:
         with self._open(readonly=True) as store:
             if (keys := settled_answers(self.folder)) is not None:
                 store.restrict(keys)
-            return from_store(store, self.recipe, skipped)
+            return from_store(store, self.recipe, skipped, held_out(c.id for c in conversations))
 
     def _open(self, readonly: bool = False) -> ResponseStore:
         fingerprint = self.loaded.target.info.fingerprint

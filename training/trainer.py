@@ -73,7 +73,8 @@ class Trainer:
     Args:
         task: what to train.
         directory: of the checkpoints.
-        evaluate: measures the head; its "tau" decides which checkpoint is best. None: no evaluation.
+        evaluate: measures the head; its "tau", where it has one, decides which checkpoint is best. None: no
+            evaluation.
         report: hears of every optimizer step and evaluation as a row of numbers (main process only).
         accelerator: of this process.
     """
@@ -236,7 +237,7 @@ class Trainer:
             self.report(
                 {"kind": "evaluation", "step": self.progress.step, "seconds": self.clock.seconds} | row
             )
-            if row["tau"] > self.progress.best:
+            if "tau" in row and row["tau"] > self.progress.best:  # unmeasured, the last head is delivered
                 self.progress.best = row["tau"]
                 self._write(BEST, {"measured": row})
         self.progress.measured = self.clock.seconds

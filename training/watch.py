@@ -52,7 +52,7 @@ class Watch:
         if row["kind"] == "step":
             self._step(row)
         elif row["kind"] == "evaluation":
-            self._tau = f"tau {row['tau']:.2f}"
+            self._tau = f"tau {row['tau']:.2f}" if "tau" in row else ""
             for name in ("greedy", "sampled"):
                 if name in row:
                     self._bar.console.print(f"step {row['step']}: {describe(name, row[name])}")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.data import Skipped, split_dev
-from training.material import Texts, from_store
+import tiny
+
+from training.data import Conversation, Message, Skipped, split_dev
+from training.mask import ChatMasker
+from training.material import Texts, from_store, given, held_out
 from training.recipe import load_recipe
 from training.store import Response, ResponseStore
 
@@ -56,3 +59,22 @@ def test_a_dev_text_ends_with_its_first_answer(tmp_path: Path) -> None:
     (text,) = texts.greedy
     assert text.ids.tolist() == [1, 5, 8, 2]
     assert text.loss_mask.tolist() == [False, False, True, True]
+
+
+def test_a_single_row_is_trained_on_wherever_its_id_falls() -> None:
+    (dev,), (other,) = ids("r{}", 1, dev=True), ids("r{}", 1, dev=False)
+    assert not held_out([dev])(dev)
+    assert held_out([dev, other])(dev) and not held_out([dev, other])(other)
+
+
+def test_a_dev_conversation_that_the_template_refuses_is_counted() -> None:
+    tokenizer = tiny.tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + tiny.CHAT
+    asked = (Message("user", "a"), Message("assistant", "b"))
+    (bad, good), (train,) = ids("r{}", 2, dev=True), ids("r{}", 1, dev=False)
+    talks = [Conversation(bad, "", "", (Message("system", "x"), *asked)),
+             *(Conversation(id, "", "", asked) for id in (good, train))]  # fmt: skip
+    texts = given(talks, ChatMasker(tokenizer, (2,)), load_recipe("cpu"), skipped := Skipped())
+    assert [s.id for s in texts.greedy] == [good]
+    assert skipped.total == 1

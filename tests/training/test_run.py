@@ -13,7 +13,8 @@ from rich.console import Console
 
 from specdec.errors import MismatchError, SpecdecError
 from specdec.head.checkpoint import load_head
-from training.checkpoint import LAST
+from training.checkpoint import BEST, LAST
+from training.data import split_dev
 from training.run import RUN, Order, train
 from training.store import ResponseStore
 from training.texts import SETTLED
@@ -177,3 +178,15 @@ def test_a_later_sitting_trains_on_the_texts_of_the_first(
         store.append(replace(first, id="stranger"))
     with pytest.raises(MismatchError, match="texts"):
         train(order(target, prompts, out), quiet())
+
+
+def test_without_dev_text_the_last_head_is_delivered(target: Path, prompts: Path, tmp_path: Path) -> None:
+    """Nothing measured is no measure: the first evaluation's head used to be the best one."""
+    rows = [row for row in prompts.read_text().splitlines() if not split_dev(json.loads(row)["id"])]
+    prompts.write_text("\n".join(rows[:40]) + "\n")
+    out = tmp_path / "head"
+    train(order(target, prompts, out, "evaluation.every_minutes=1e-9"), quiet())
+    assert not (out / RUN / BEST).exists()
+    last = torch.load(out / RUN / LAST, weights_only=True)["head"]["lm_head.weight"]
+    assert torch.equal(load_head(out, dtype=torch.float32).lm_head.weight, last.bfloat16().float())
+    assert "there was no dev text" in (out / "README.md").read_text()
