@@ -84,7 +84,7 @@ def train(order: Order, console: Console | None = None) -> Path | None:
                            remedy="Drop --no-resume to continue it, or choose another directory.")  # fmt: skip
     skipped = Skipped()
     conversations = select(order.prompts, recipe, skipped)
-    accelerator = _accelerator(recipe, order, dtype)
+    accelerator = _accelerator(recipe, order)
     loaded = load_target(
         order.target, device=accelerator.device, dtype=torch.float32 if dtype == torch.float32 else None
     )
@@ -125,6 +125,9 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     identity = {"target": target.info.fingerprint, "recipe": recipe.hash(), "taps": str(config.taps),
                 "texts": digest_of(texts.train), "draft vocabulary": _digest(vocabulary.ids)}  # fmt: skip
     task = Task(recipe, objective, optimizer, texts.train, features, texts.skip, identity)
+    accelerator.init_trackers(
+        "specdec", config={"recipe": recipe.hash(), "precision": recipe.trainer.precision}
+    )
     with Watch(out, console, accelerator) as watch:
         trainer = Trainer(task, out / RUN, report=watch, accelerator=accelerator)
         if trainer.resume():
@@ -197,13 +200,11 @@ def export(state: dict[str, Any], config: HeadConfig, out: Path, loaded: LoadedT
     return save_raw(head, out, target=names)
 
 
-def _accelerator(recipe: Recipe, order: Order, dtype: torch.dtype) -> Accelerator:
+def _accelerator(recipe: Recipe, order: Order) -> Accelerator:
+    """Of this process; its trackers start, and write, only when training does."""
     tracker = recipe.trainer.tracker
     cpu = order.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(order.out / RUN),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )  # fmt: skip
-    if tracker != "none":
-        accelerator.init_trackers("specdec", config={"recipe": recipe.hash(), "dtype": str(dtype)})
-    return accelerator
