@@ -7,6 +7,7 @@ retries; nothing of conversations. httpx is imported when the first prompt is se
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 RETRY = frozenset({408, 409, 425, 429})  # and everything from 500 on
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
+KEYS = ("SPECDEC_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class EndpointAnswerer:
         endpoint: where and how.
         encode: text to ids, for endpoints that do not return token ids; the ids of an answer are then
             what its text tokenises to, nearly always what was written.
-        stop_id: appended to such an answer when it ended by itself.
+        stop_id: appended to such an answer when it ended by itself; None for a target that has none.
         transport: of httpx, for tests.
     """
 
@@ -77,7 +79,7 @@ class EndpointAnswerer:
         self,
         endpoint: Endpoint,
         encode: Callable[[str], list[int]],
-        stop_id: int,
+        stop_id: int | None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.endpoint, self.encode, self.stop_id, self.transport = endpoint, encode, stop_id, transport
@@ -190,8 +192,8 @@ class EndpointAnswerer:
 
     def _refused(self, status: int, why: str) -> SpecdecError:
         remedy = {
-            401: "Give the right API key.",
-            403: "Give an API key that may use this model.",
+            401: f"Set {KEYS[0]} (or {KEYS[1]}) to the right API key.",
+            403: f"Set {KEYS[0]} (or {KEYS[1]}) to an API key that may use this model.",
             404: f"Check the address and that it serves {self.endpoint.model!r}.",
         }.get(status, "The endpoint must take token ids as the prompt of /v1/completions.")
         return SpecdecError(
@@ -204,7 +206,13 @@ class EndpointAnswerer:
         if isinstance(ids, list):
             return Answer(index, ids, reason)
         text = self.encode(str(choice.get("text", "")))
-        return Answer(index, [*text, self.stop_id] if reason == "stop" else text, reason)
+        end = [self.stop_id] if reason == "stop" and self.stop_id is not None else []
+        return Answer(index, [*text, *end], reason)
+
+
+def api_key() -> str | None:
+    """The key in the environment: never on the command line, where other users of the machine can read it."""
+    return next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
 
 
 async def _first(waiting: set[Asked]) -> tuple[set[Asked], set[Asked]]:

@@ -18,7 +18,7 @@ from specdec.target.load import LoadedTarget
 from training.answers import EngineAnswerer
 from training.checkpoint import LAST
 from training.data import Conversation, Skipped
-from training.endpoint import Endpoint, EndpointAnswerer
+from training.endpoint import Endpoint, EndpointAnswerer, api_key
 from training.mask import ChatMasker
 from training.material import Texts, from_store, held_out, write_answers
 from training.recipe import Recipe, load_recipe
@@ -86,8 +86,8 @@ class Answers:
     def _answerer(self, context: int) -> Answerer:
         target = self.loaded.target
         if self.endpoint is not None:
-            endpoint = Endpoint(self.endpoint, target.info.name)
-            return EndpointAnswerer(endpoint, _encoder(self.loaded), target.info.stop_ids[0])
+            endpoint = Endpoint(self.endpoint, target.info.name, api_key())
+            return EndpointAnswerer(endpoint, _encoder(self.loaded), next(iter(target.info.stop_ids), None))
         return EngineAnswerer(target, self.recipe.responses.batch, context)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from specdec.errors import SpecdecError, UnsupportedError
-from training.endpoint import Endpoint, EndpointAnswerer
+from training.endpoint import Endpoint, EndpointAnswerer, api_key
 from training.responses import Answer
 
 pytest.importorskip("httpx")
@@ -163,7 +163,7 @@ def test_a_refusal_ends_the_run_after_what_was_in_flight(serve: Callable[[Script
 
     server = serve(locked)
     found, error = collect(server)
-    assert "401" in str(error) and "API key" in str(error)
+    assert "401" in str(error) and "Set SPECDEC_API_KEY" in str(error)
     assert len(found) == len(server.asked) - 1, "every answer the server gave was handed on"
     assert len(server.asked) <= 8, "and nothing new was asked"
 
@@ -209,3 +209,20 @@ def test_without_httpx_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "httpx", None)
     with pytest.raises(UnsupportedError, match="pip install httpx"):
         list(EndpointAnswerer(Endpoint("http://host", "m"), lambda _: [], 0).answer([[1]], [0.0], [0], 1))
+
+
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPECDEC_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", " ")
+    assert api_key() is None
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    assert api_key() == "theirs"
+    monkeypatch.setenv("SPECDEC_API_KEY", "ours")
+    assert api_key() == "ours"
+
+
+def test_a_target_without_a_stop_id_gets_none(serve: Callable[[Script], Server]) -> None:
+    server = serve(lambda *_: (200, {}, {"choices": [{"text": "ab", "finish_reason": "stop"}]}))
+    answerer = EndpointAnswerer(Endpoint(server.url, "m"), lambda text: [ord(c) for c in text], None)
+    (answer,) = answerer.answer([[1]], [0.0], [0], 7)
+    assert answer.token_ids == [97, 98]
