@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -98,17 +98,6 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def digest_of(samples: Iterable[Sample]) -> str:
-    """16 hex digits of what samples are and in which order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(
-            f"{len(sample)} {sample.turn} {sample.window} {sample.id}\0".encode(errors="surrogatepass")
-        )
-        digest.update(sample.ids.tobytes() + sample.loss_mask.tobytes())
-    return digest.hexdigest()[:16]
 
 
 class Skipped:
@@ -205,9 +194,20 @@ def _conversation(row: Mapping[str, Any], origin: str) -> Conversation:
     else:
         _check_order(messages)
         spoken, pending = _split_pending(messages)
-    licence = row.get("licence") or row.get("license") or ""
-    source = row.get("source") or row.get("category") or origin
-    return Conversation(_identity(row, messages), str(source), str(licence), spoken, pending)
+    licence = str(row.get("licence") or row.get("license") or "")
+    source = str(row.get("source") or row.get("category") or origin)
+    id = _identity(row, messages)
+    _check_unicode(id, source, licence, *(message.content for message in messages))
+    return Conversation(id, source, licence, spoken, pending)
+
+
+def _check_unicode(*texts: str) -> None:
+    """JSON may hold half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise RowError("not valid Unicode (half a surrogate pair)") from None
 
 
 def _identity(row: Mapping[str, Any], messages: tuple[Message, ...]) -> str:

@@ -26,7 +26,7 @@ from specdec.target.loading import load_config
 from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config
 from training.card import Story, draw, write_card
 from training.checkpoint import BEST, LAST, load_state
-from training.data import Skipped, digest_of
+from training.data import Skipped
 from training.earlier import earlier_head
 from training.features import Capture, Features
 from training.mask import ChatMasker
@@ -35,7 +35,7 @@ from training.measuring import DevSplit, Evaluator, dev_texts
 from training.objective import folded
 from training.plan import print_plan
 from training.recipe import Recipe, load_recipe
-from training.texts import Answers, check_recipe, settle
+from training.texts import Answers, check_recipe, digest_of, settle
 from training.trainer import Progress, Task, Trainer
 from training.watch import Watch
 

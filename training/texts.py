@@ -7,8 +7,9 @@ and the target's answerers; nothing of heads.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from specdec.errors import CheckpointError, MismatchError, SpecdecError
 from specdec.target.load import LoadedTarget
 from training.answers import EngineAnswerer
 from training.checkpoint import LAST
-from training.data import Conversation, Skipped
+from training.data import Conversation, Sample, Skipped
 from training.endpoint import Endpoint, EndpointAnswerer, api_key
 from training.mask import ChatMasker
 from training.material import Texts, from_store, held_out, write_answers
@@ -89,6 +90,15 @@ class Answers:
             endpoint = Endpoint(self.endpoint, target.info.name, api_key())
             return EndpointAnswerer(endpoint, _encoder(self.loaded), next(iter(target.info.stop_ids), None))
         return EngineAnswerer(target, self.recipe.responses.batch, context)
+
+
+def digest_of(samples: Iterable[Sample]) -> str:
+    """16 hex digits of what samples are and in which order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{len(sample)} {sample.turn} {sample.window} {sample.id}\0".encode())
+        digest.update(sample.ids.tobytes() + sample.loss_mask.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def settle(folder: Path, keys: Sequence[Key], recipe: Recipe) -> None:

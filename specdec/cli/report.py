@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from specdec.head.model import DraftHead
-    from specdec.surplus.capture import Passage
-    from specdec.surplus.plan import Plan
     from specdec.surplus.values import Value
-    from specdec.target.load import LoadedTarget
     from specdec.target.protocol import Target
 
 EXAMPLES = """\
@@ -86,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def make(console: Console, args: argparse.Namespace) -> int:
     """The report itself."""
+    from specdec.cli.passages import passages_of
     from specdec.surplus import run as runs
     from specdec.surplus.plan import check_documents, plan_of
     from specdec.surplus.write import check_out, write_report
@@ -98,7 +96,8 @@ def make(console: Console, args: argparse.Namespace) -> int:
     tap_sets = tuple(taps for taps in (taps_of(text) for text in args.taps) if taps is not None)
     loaded = load_target(args.target, dtype=_dtype(args.dtype), device=args.device)
     head = _head(loaded.target, args.head)
-    passages = _passages(console, loaded, dialogues, plan)
+    passages = passages_of(console, loaded, dialogues, plan.max_tokens)
+    check_documents(plan, len(passages), head=head is not None)
     work = args.work or args.out.with_name(args.out.name + ".work")
     order = runs.Order(
         target=loaded.target, passages=passages, plan=plan, work=work, head=head, tap_sets=tap_sets,
@@ -164,36 +163,6 @@ def _head(target: Target, name: str | None) -> DraftHead | None:
     check_match(head.config, info)
     head.freeze()
     return head
-
-
-def _passages(
-    console: Console, loaded: LoadedTarget, dialogues: Sequence[tuple[str, Any]], plan: Plan
-) -> tuple[Passage, ...]:
-    """First turns as token ids; prompts that leave no room for an answer are counted and left out."""
-    from specdec.surplus.capture import Passage
-
-    room = loaded.target.info.max_length - plan.max_tokens - 1
-    made, long = [], 0
-    for domain, row in dialogues:
-        ids = encode(loaded, [*row.messages, {"role": "user", "content": row.turns[0]}])
-        if len(ids) > room:
-            long += 1
-            continue
-        made.append(Passage(row.id, domain, ids))
-    if long:
-        console.print(f"{long} prompts are longer than {room} tokens and were left out", highlight=False)
-    return tuple(made)
-
-
-def encode(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, ...]:
-    """A dialogue as the target's template renders it, or its plain text where there is no template."""
-    tokenizer = loaded.tokenizer
-    if not tokenizer.chat_template:
-        return tuple(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return tuple(rendered)
 
 
 def _told(args: argparse.Namespace, prompts: int) -> dict[str, Any]:

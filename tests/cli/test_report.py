@@ -6,12 +6,16 @@ from typing import Any
 import engines
 import pytest
 import tiny
+from rich.console import Console
 from tiny_report import TINY_PLAN
 
 from specdec.cli import main
+from specdec.cli.passages import passages_of
+from specdec.cli.prompts import Dialogue
 from specdec.surplus import controls, plan
 from specdec.surplus.controls import Check
 from specdec.surplus.write import VERSION
+from specdec.target.load import load_target
 
 
 def prompts(path: Path, count: int) -> str:
@@ -86,6 +90,26 @@ def test_refusals_come_before_the_work(
     assert specdec(*words, "--head", "auto") == 2
     assert "no head ships" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_rows_that_cannot_be_asked_are_named_and_left_out(target: Path) -> None:
+    loaded = load_target(str(target))
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    loaded.tokenizer.chat_template = refusal + loaded.tokenizer.chat_template
+    rows = [
+        Dialogue("half", (), ("a \ud83d smile",)),
+        Dialogue("told", ({"role": "system", "content": "x"},), ("y",)),
+        Dialogue("good", (), ("y",)),
+        Dialogue("\ud83d", (), ("y",)),
+        Dialogue("more", (), ("\udc00",)),
+    ]
+    console = Console(record=True, width=200)
+    made = passages_of(console, loaded, [("songs", row) for row in rows], 8)
+    assert [passage.id for passage in made] == ["good"]
+    told = console.export_text()
+    for words in ("row half: is not valid Unicode", "row told: does not fit the chat template: no system",
+                  "1 more rows"):  # fmt: skip
+        assert words in told
 
 
 def test_a_head_of_another_target_is_refused(

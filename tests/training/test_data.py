@@ -92,6 +92,8 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         {"messages": [{"role": "assistant", "content": "1"}]},
         {"conversations": ["Hi"]},
         ["Hi"],
+        {"prompt": "half a \ud83d smile"},
+        {"prompt": "Hi", "id": "\ud83d"},
     ]  # fmt: skip
     path = write(tmp_path / "a.jsonl", rows)
     path.write_bytes(path.read_bytes() + b'{"torn\n\n\xff\xfe\n')
@@ -104,9 +106,10 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         "unknown role": 1, "content is not text": 1, "roles do not alternate": 1, "no user turn": 2,
         "system turn in the middle": 1, "ends with a tool result": 1,
         "a turn is not an object": 1, "not an object": 1, "not JSON": 2,
+        "not valid Unicode (half a surrogate pair)": 2,
     }  # fmt: skip
-    assert skipped.read == 18 and skipped.total == 17
-    assert str(skipped).startswith("18 read, 17 skipped (")
+    assert skipped.read == 20 and skipped.total == 19
+    assert str(skipped).startswith("20 read, 19 skipped (")
 
 
 def test_gzip_and_parquet_read_alike(tmp_path: Path) -> None:
