@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -205,7 +206,7 @@ def _fit_scalar(value: Any, hint: Any) -> Any:
     except ValueError:
         return _MISFIT
     if hint is float:
-        return number if number == number else _MISFIT  # NaN is no setting
+        return number if math.isfinite(number) else _MISFIT  # neither NaN nor infinity is a setting
     if isinstance(value, int):
         return value
     return int(number) if number.is_integer() and abs(number) < 2**53 else _MISFIT
@@ -233,5 +234,11 @@ def _spell(hint: Any) -> str:
     if origin is tuple:
         names = [_spell(one) for one in inner if one is not Ellipsis]
         return f"a list of {names[0]}" if inner[-1] is Ellipsis else f"[{', '.join(names)}]"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return words[hint]

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
+from specdec.directory import check_writable
 from specdec.errors import SpecdecError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
@@ -85,6 +86,8 @@ def train(order: Order, console: Console | None = None) -> Path | None:
     skipped = Skipped()
     conversations = select(order.prompts, recipe, skipped)
     accelerator = _accelerator(recipe, order)
+    if accelerator.is_main_process:
+        check_writable(order.out)
     loaded = load_target(
         order.target, device=accelerator.device, dtype=torch.float32 if dtype == torch.float32 else None
     )

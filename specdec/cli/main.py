@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone: nothing more to say, and no traceback at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a file that is a directory: the user's world, not our bug
+        print(f"specdec {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - as above
+        return 2
 
 
 if __name__ == "__main__":

@@ -84,12 +84,15 @@ def run(args: argparse.Namespace) -> int:
 def make(console: Console, args: argparse.Namespace) -> int:
     """The report itself."""
     from specdec.cli.passages import passages_of
+    from specdec.directory import check_writable
     from specdec.surplus import run as runs
     from specdec.surplus.plan import check_documents, plan_of
     from specdec.surplus.write import check_out, write_report
     from specdec.target.load import load_target
 
     check_out(args.out, force=args.force)
+    work = args.work or args.out.with_name(args.out.name + ".work")
+    check_writable(work, "work")
     dialogues = _dialogues(args.prompts)
     plan = plan_of(args.budget)
     check_documents(plan, len(dialogues), head=args.head is not None)
@@ -98,7 +101,6 @@ def make(console: Console, args: argparse.Namespace) -> int:
     head = _head(loaded.target, args.head)
     passages = passages_of(console, loaded, dialogues, plan.max_tokens)
     check_documents(plan, len(passages), head=head is not None)
-    work = args.work or args.out.with_name(args.out.name + ".work")
     order = runs.Order(
         target=loaded.target, passages=passages, plan=plan, work=work, head=head, tap_sets=tap_sets,
         temperature=args.temperature, seed=args.seed, told=_told(args, len(dialogues)),

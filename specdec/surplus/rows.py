@@ -17,16 +17,19 @@ from torch import Tensor
 
 from specdec.errors import UnsupportedError
 from specdec.surplus.estimate import TOPS, Estimate, Scores
-from specdec.surplus.shards import checksum
+from specdec.surplus.shards import checksum, writing
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
-    """Store under a temporary name and rename; `told` is what `load_tensors` must be asked for."""
+    """Store under a temporary name and rename; `told` is what `load_tensors` must be asked for.
+
+    Raises:
+        SpecdecError: the disk refuses.
+    """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    save_file(whole, fresh, metadata={"told": json.dumps(told, sort_keys=True), "checksum": checksum(whole)})
-    fresh.replace(path)
+    meta = {"told": json.dumps(told, sort_keys=True), "checksum": checksum(whole)}
+    with writing(path) as fresh:
+        save_file(whole, fresh, metadata=meta)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -316,7 +316,6 @@ class _Run:
                 return found
         self.say(name, 0, 1)
         made = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"key": key, "value": made}))
         self.say(name, 1, 1)
         return made

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdec.errors import CheckpointError, MismatchError
+from specdec.errors import CheckpointError, MismatchError, SpecdecError
 
 MANIFEST = "manifest.json"
 
@@ -90,7 +91,6 @@ def open_directory(directory: Path, manifest: Manifest) -> None:
         MismatchError: naming the first field in which an existing capture differs.
         CheckpointError: a manifest that cannot be read.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / MANIFEST
     if not path.exists():
         write_text(path, json.dumps(asdict(manifest), indent=1))
@@ -120,12 +120,30 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary name to write under; renamed to `path` at the end, taken away where the disk refuses.
+
+    Raises:
+        SpecdecError: the disk refuses (full, read-only).
+    """
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        fresh.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            fresh.unlink()
+        raise SpecdecError(f"cannot be written: {error}", field="report", value=str(path),
+                           remedy="Free some space and run again: what was captured is kept.") from error  # fmt: skip
+
+
 def write_shard(path: Path, shard: Shard) -> None:
-    """Store under a temporary name, then rename."""
+    """Store under a temporary name, then rename. Raises SpecdecError where the disk refuses."""
     tensors = shard.tensors()
-    fresh = path.with_suffix(".tmp")
-    save_file(tensors, fresh, metadata={"checksum": checksum(tensors)})
-    fresh.replace(path)
+    with writing(path) as fresh:
+        save_file(tensors, fresh, metadata={"checksum": checksum(tensors)})
 
 
 def read_shard(path: Path) -> Shard:
@@ -174,7 +192,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name and rename it."""
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    """Write a small file under a temporary name and rename it. Raises SpecdecError where the disk refuses."""
+    with writing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from specdec.errors import CheckpointError, MismatchError, RequestError
+from specdec.directory import check_writable
+from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError
 from specdec.surplus.figures import draw_all
 from specdec.surplus.page import make_page
 from specdec.surplus.rows import write_parquet
@@ -19,9 +20,11 @@ def check_out(out: Path, *, force: bool) -> None:
     """Refuse a report directory that exists, unless it may be replaced.
 
     Raises:
-        RequestError: it exists and `force` is not set, or it is not a report and must not be deleted.
+        RequestError: it exists and `force` is not set, or it is not a report and must not be deleted, or it cannot
+            be made.
     """
     if not out.exists():
+        check_writable(out)
         return
     if not force:
         raise RequestError(
@@ -37,9 +40,23 @@ def write_report(report: Report, out: Path, *, force: bool = False) -> Path:
     Raises:
         RequestError: `out` exists and `force` is not set.
         UnsupportedError: matplotlib or pyarrow is missing.
+        SpecdecError: the disk refuses; what was there stays.
     """
     check_out(out, force=force)
     fresh = out.with_name(out.name + ".tmp")
+    try:
+        _write_files(report, fresh)
+        if out.exists():
+            shutil.rmtree(out)
+        fresh.replace(out)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise SpecdecError(f"cannot be written: {error}", field="out", value=str(out),
+                           remedy="Free some space and run again: what was measured is kept.") from error  # fmt: skip
+    return out / "report.html"
+
+
+def _write_files(report: Report, fresh: Path) -> None:
     if fresh.exists():
         shutil.rmtree(fresh)
     (fresh / "figures").mkdir(parents=True)
@@ -50,10 +67,6 @@ def write_report(report: Report, out: Path, *, force: bool = False) -> Path:
     (fresh / "report.html").write_text(make_page(report.values, figures), encoding="utf-8")
     (fresh / "report.json").write_text(json.dumps(report.values, indent=1, allow_nan=False), encoding="utf-8")
     write_parquet(fresh / "contexts.parquet", report.rows)
-    if out.exists():
-        shutil.rmtree(out)
-    fresh.replace(out)
-    return out / "report.html"
 
 
 def read_report(path: Path) -> Value:

@@ -193,6 +193,14 @@ def test_prompt_files_of_other_machines(run: Run, tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in out.split("\n") if line] == ["a\u2028b", "c\x85d", "e"]
 
 
+def test_what_the_system_refuses_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> int:
+        raise OSError(28, "No space left on device", "here")
+
+    monkeypatch.setattr("specdec.cli.generate.run", full)
+    _refused(run("-p", "x"), "No space left on device", "here")
+
+
 def test_unknown_options_are_refused(run: Run) -> None:
     code, _, err = run("-p", "x", "--temprature", "1")
     assert code == 2

@@ -92,6 +92,17 @@ def test_refusals_come_before_the_work(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_a_target_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enough, file = prompts(tmp_path / "enough.jsonl", 70), tmp_path / "file"
+    file.touch()
+    for words in (("--out", file / "a"), ("--out", tmp_path / "new" / "a", "--work", file)):
+        assert specdec("--target", "no-such-model", "--prompts", enough, *words) == 2
+        assert "is no directory to write into" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["enough.jsonl", "file"]
+
+
 def test_rows_that_cannot_be_asked_are_named_and_left_out(target: Path) -> None:
     loaded = load_target(str(target))
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_report import make_passages
 
-from specdec.errors import CheckpointError, MismatchError, RequestError, UnsupportedError
+from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError, UnsupportedError
+from specdec.surplus import rows, shards
 from specdec.surplus.capture import (
     CaptureSettings,
     capture,
@@ -155,3 +157,26 @@ def test_a_window_as_long_as_the_text_gives_the_captured_states(target: Target, 
     same = captured.ids == captured.ids[5]
     assert same.sum() >= 1
     torch.testing.assert_close(short[same], short[5].expand(int(same.sum()), -1))  # one token is all it saw
+
+
+def test_a_full_disk_is_told_and_keeps_the_shards_before(
+    target: Target, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half of it")
+        if written:
+            raise SafetensorError("I/O error: No space left on device")
+        written.append(path)
+        save_file(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(SpecdecError, match="No space left") as caught:
+        patch.setattr(shards, "save_file", full)
+        taken(target, work)
+    assert caught.value.remedy is not None and "run again" in caught.value.remedy
+    assert sorted(path.name for path in work.glob("shard*")) == [shard_path(work, 0).name]
+    assert len(taken(target, work)) == 2
+    with monkeypatch.context() as patch, pytest.raises(SpecdecError, match="No space left"):
+        patch.setattr(rows, "save_file", full)
+        rows.save_tensors(work / "rows.safetensors", {"a": torch.ones(1)}, {})

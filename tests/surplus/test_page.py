@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.errors import CheckpointError, MismatchError, RequestError
+from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError
 from specdec.surplus.figures import draw_all
 from specdec.surplus.page import findings, make_page, show, table
 from specdec.surplus.run import Report
@@ -173,6 +173,16 @@ def test_an_existing_directory_is_an_error_unless_it_is_a_report_to_replace(tmp_
     with pytest.raises(RequestError, match="no report"):
         write_report(Report(values(), ROWS), mine, force=True)
     assert (mine / "thesis.txt").exists()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("specdec.surplus.write.write_parquet", full)
+    with pytest.raises(SpecdecError, match="No space left on device"):
+        write_report(Report(values(), ROWS), tmp_path / "report")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_a_report_is_refused(tmp_path: Path) -> None:

@@ -191,3 +191,10 @@ def test_without_dev_text_the_last_head_is_delivered(target: Path, prompts: Path
     last = torch.load(out / RUN / LAST, weights_only=True)["head"]["lm_head.weight"]
     assert torch.equal(load_head(out, dtype=torch.float32).lm_head.weight, last.bfloat16().float())
     assert "there was no dev text" in (out / "README.md").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_target_is_looked_for(
+    prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecdecError, match="is no directory to write into"):
+        train(order(tmp_path / "no-such-model", prompts, prompts / "head"), quiet())
