@@ -46,6 +46,9 @@ class Story:
 def write_card(directory: Path, story: Story) -> None:
     """README.md of the head."""
     c = story.config
+    given = story.recipe.data.answers == "given"
+    dev = "that came with the data, a lower bound for the target's own" if given else "the target wrote"
+    whose, written = ("the data", "the answers") if given else ("the target", "what the target wrote")
     text = f"""---
 tags: [eagle3, speculative-decoding]
 base_model: {story.target}
@@ -59,13 +62,13 @@ A raw EAGLE-3 checkpoint trained with `specdec train`. It drafts; the target dec
 ## Measured
 {_measured(story)}
 
-Simulated on dev text the target wrote, with the decoder's own acceptance: tokens per target forward, bonus token
+Simulated on dev text {dev}, with the decoder's own acceptance: tokens per target forward, bonus token
 included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 nodes, depth 7, 10 children a node.
 
 ## Made from
 - taps (layer inputs) {", ".join(map(str, c.taps))}; draft vocabulary {c.draft_vocab:,} of {c.vocab:,}, which holds
-  {story.coverage:.2%} of what the target wrote
-- {story.tokens:,} tokens of text answered by the target, {story.visits:,} token visits, {story.minutes:.0f} minutes
+  {story.coverage:.2%} of {written}
+- {story.tokens:,} tokens of text answered by {whose}, {story.visits:,} token visits, {story.minutes:.0f} minutes
   on {story.device}
 - start: {story.recipe.head.start}
 - target fingerprint `{c.fingerprint}`, recipe hash `{story.recipe.hash()}` (see `recipe.yaml`)
@@ -86,7 +89,8 @@ def _measured(story: Story) -> str:
         if name in story.measured:
             row = story.measured[name]
             alpha = " ".join(f"{value:.2f}" for value in row["alpha"])
-            rows.append(f"| {name} | {row['tau']:.2f} | {row['tau_chain']:.2f} | {alpha} |")
+            kind = "given" if story.recipe.data.answers == "given" else name
+            rows.append(f"| {kind} | {row['tau']:.2f} | {row['tau_chain']:.2f} | {alpha} |")
     return "\n".join(rows) if len(rows) > 2 else "Nothing: there was no dev text."
 
 

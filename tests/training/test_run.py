@@ -124,6 +124,21 @@ def test_prompts_without_answers_are_refused_where_answers_must_be_given(
         train(order(target, prompts, tmp_path / "head", "data.answers=given"), quiet())
 
 
+def test_the_card_says_whose_answers_a_head_was_trained_and_measured_on(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    rows = [
+        json.loads(row) | {"completion": f"word {n}"}
+        for n, row in enumerate(prompts.read_text().splitlines())
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(order(target, prompts, tmp_path, "data.answers=given", "trainer.epochs=1"), quiet())
+    card = (tmp_path / "README.md").read_text()
+    for words in ("dev text that came with the data", "answered by the data", "| given | "):
+        assert words in card
+    assert "the target wrote" not in card and "greedy" not in card
+
+
 def test_too_few_layers_for_the_taps(target: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecdecError, match=r"head\.taps"):
         train(order(target, prompts, tmp_path / "head", "head.taps=[2, 4, 9]"), quiet())
