@@ -175,7 +175,10 @@ def _told(args: argparse.Namespace, prompts: int) -> dict[str, Any]:
 
     command = ["specdec report", f"--target {args.target}", f"--budget {args.budget}"]
     command += [f"--head {args.head}"] if args.head else []
-    command += [f"--temperature {args.temperature:g} --seed {args.seed} --dtype {args.dtype}"]
+    command += [f"--taps {taps}" for taps in args.taps]
+    command += [
+        f"--temperature {args.temperature:g} --seed {args.seed} --dtype {args.dtype} --device {args.device}"
+    ]
     command += [f"--prompts {' '.join(path.name for path in args.prompts)}"]
     return {
         "command": " ".join(command),

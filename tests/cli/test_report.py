@@ -63,6 +63,8 @@ def test_a_plan_report_from_the_command_line(
     assert values["kind"] == "plan"
     assert values["domain_names"] == ["songs", "maths"]
     assert str(tmp_path) not in values["told"]["command"].replace(str(target), "")
+    for options in ("--taps 1,4,6 --taps 8", "--dtype float32 --device cpu"):
+        assert options in values["told"]["command"]
     assert "tap sets" in told.err
     assert "claims" in told.err
     assert (out / "report.html").is_file()
