@@ -61,7 +61,7 @@ def _plain_8b(rows: Rows) -> Bar:
     shares = [
         r["token_floor_ms"] / r["captured_token_ms"] for r in _rounds(rows, RANDOM) if "token_floor_ms" in r
     ]
-    return _bar("1 plain 8B shape >= 80% of the bandwidth floor", shares, lambda x: x >= 0.8, max)
+    return _bar("1 plain 8B shape >= 80% of the bandwidth floor", shares, lambda x: x >= 0.8, min)
 
 
 def _plain_real(rows: Rows) -> Bar:

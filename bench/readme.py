@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS
+from specdec.errors import SpecdecError
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
@@ -18,11 +19,24 @@ SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 
 
 def newest(path: Path) -> list[dict[str, Any]]:
-    """The last rows, one per set and system, of the command and machine that last measured transformers, too."""
+    """The last rows, one per set and system, of the command, machine and commit that last measured transformers, too.
+
+    Raises:
+        SpecdecError: a set that the command names was not measured.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = [row for row in rows if row["system"] == "transformers"][-1]
-    run = [row for row in rows if (row["machine"], row["argv"]) == (last["machine"], last["argv"])]
+    last = _run([row for row in rows if row["system"] == "transformers"][-1])
+    run = [row for row in rows if _run(row) == last]
+    asked = [Path(word).stem for word in run[0]["argv"] if word.endswith(".jsonl")]
+    if missing := sorted(set(asked or SETS) - {row["set"] for row in run}):
+        raise SpecdecError(f"lacks {', '.join(missing)} of its newest run", field=path.name, value=last[2],
+                           remedy="Let the bench finish, or run it again.")  # fmt: skip
     return list({(row["set"], row["system"]): row for row in run}.values())
+
+
+def _run(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What the rows of one run share; the first rows written make the tree of the later ones dirty."""
+    return row["machine"], row["argv"], row["commit"].removesuffix("-dirty")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -159,6 +159,12 @@ def test_good_rows_pass_every_bar_and_none_leave_all_open() -> None:
     assert bars.table(bars.judge(GOOD)).row_count == 11
 
 
+def test_the_smallest_share_of_the_floor_decides() -> None:
+    slow, fast = ({**GOOD["steps"][2], "token_floor_ms": floor} for floor in (2.0, 3.9))
+    bar = bars.judge({"steps": [slow, fast]})[0]
+    assert (bar.verdict, bar.found) == ("FAIL", "0.5 (worst of 2)")
+
+
 @pytest.mark.parametrize("number", BAD)
 def test_one_figure_fails_its_bar_alone(number: int) -> None:
     name, index, change = BAD[number]
