@@ -135,9 +135,8 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
         trainer = Trainer(task, out / RUN, report=watch, accelerator=accelerator)
         if trainer.resume():
             console.print(f"resuming at step {trainer.progress.step:,}")
-        trainer.evaluate = _evaluator(
-            texts, capture, task
-        )  # after resuming, which brings the features' scale
+        # only now: resuming brings the features' scale
+        trainer.evaluate = _evaluator(texts, capture, task)
         trainer.plan(0)  # too little text is told before it is settled
         if accelerator.is_main_process:
             settle(out / RUN, texts.answers, recipe)
