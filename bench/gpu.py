@@ -34,7 +34,7 @@ from bench import bars, stages
 from bench.record import FOLDER_VARIABLE, append
 from specdec.errors import SpecdecError, UnsupportedError
 from specdec.target.embedded import NAME, SHA256
-from specdec.target.loading import resolve
+from specdec.target.files import resolve
 from specdec.target.store import sha256_of
 
 PLAN = (

@@ -25,7 +25,7 @@ import httpx
 from bench.load import System
 from specdec.errors import SpecdecError
 from specdec.head.pretrained import shipped_head
-from specdec.target.loading import resolve
+from specdec.target.files import resolve
 
 KINDS = ("specdec", "plain", "vllm", "vllm-plain")
 VLLM_ENV = Path("~/.cache/specdec/vllm-env").expanduser()

@@ -93,7 +93,7 @@ class SpecDecoder:
         """Load a target by name, directory, GGUF file or Hub id, and a drafter.
 
         Args:
-            target: see `specdec.target.loading.resolve`.
+            target: see `specdec.target.files.resolve`.
             head: "auto" (the shipped head with lookups, else lookups alone), "ngram", None or "none" for plain
                 decoding, "head" (the shipped one) or a head's directory; both may end in "+ngram".
             options: see `Options`.

@@ -20,8 +20,8 @@ from specdec.errors import MismatchError, RequestError, UnsupportedError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
 from specdec.head.model import DraftHead
+from specdec.target.files import resolve
 from specdec.target.load import check_room
-from specdec.target.loading import resolve
 
 OPTIONS = Options(dtype=torch.float32, device="cpu", slots=2, tree=Shape(3, 4, 12))
 SHORT = Sampling(max_tokens=12, ignore_eos=True)

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.head.model import DraftHead
+from specdec.target.files import load_config
 from specdec.target.load import LoadedTarget
-from specdec.target.loading import load_config
 from training.build import compute_dtype, head_config
 from training.recipe import Recipe
 

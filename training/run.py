@@ -22,8 +22,8 @@ from specdec.errors import SpecdecError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
 from specdec.head.model import DraftHead
+from specdec.target.files import load_config
 from specdec.target.load import LoadedTarget, load_target
-from specdec.target.loading import load_config
 from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config
 from training.card import Story, draw, write_card
 from training.checkpoint import BEST, LAST, load_state

@@ -84,7 +84,7 @@ class _Declared:
 def _sizes(name: str) -> _Declared:
     from transformers import AutoConfig
 
-    from specdec.target.loading import resolve
+    from specdec.target.files import resolve
 
     config = AutoConfig.from_pretrained(resolve(name).directory).get_text_config()
     return _Declared(name, config.vocab_size, config.hidden_size, config.num_hidden_layers)

@@ -1,7 +1,7 @@
 """LeanTarget: our own decoder for Llama-shaped families (Llama, SmolLM, Mistral, Qwen2, Qwen3).
 
 One module, driven by a config; QKV and gate-up are packed into one product each; keys and values are
-arguments. It knows how to compute, not where files come from (loading.py) nor who is asking (engine).
+arguments. It knows how to compute, not where files come from (files.py) nor who is asking (engine).
 Dimension legend: B requests, N rows, H hidden, A taps.
 """
 

@@ -1,7 +1,7 @@
 """The door to targets: a name goes in, a tested target with its tokenizer comes out.
 
 Chooses between the lean decoder and the transformers adapter, and the dtype. Where files come from is
-loading.py's business. Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
+files.py's business. Dimension legend: B requests, N rows, H hidden, A taps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from specdec.cache import KVCache
 from specdec.errors import CheckpointError, UnsupportedError
 from specdec.layers.embedding import embedded
 from specdec.memory import free_bytes, gib, tensor_bytes
-from specdec.target.fingerprint import fingerprint
-from specdec.target.lean import LeanConfig, LeanDecoder
-from specdec.target.loading import (
+from specdec.target.files import (
     TargetFiles,
     load_config,
     load_state,
@@ -31,6 +29,8 @@ from specdec.target.loading import (
     resolve,
     stop_token_ids,
 )
+from specdec.target.fingerprint import fingerprint
+from specdec.target.lean import LeanConfig, LeanDecoder
 from specdec.target.precision import fastest_dtype
 from specdec.target.protocol import States, Target, TargetInfo
 from specdec.target.selftest import self_test

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specdec.errors import SpecdecError
-from specdec.target.loading import load_config, resolve, stop_token_ids
+from specdec.target.files import load_config, resolve, stop_token_ids
 
 
 def describe(name: str) -> dict[str, Any]:

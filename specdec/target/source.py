@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from specdec.target.loading import load_state
+from specdec.target.files import load_state
 from specdec.target.shards import shards
 
 

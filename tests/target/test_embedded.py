@@ -12,7 +12,7 @@ import torch
 
 from specdec.errors import CheckpointError, SpecdecError
 from specdec.target import embedded
-from specdec.target.loading import load_config, load_state, load_tokenizer, resolve, stop_token_ids
+from specdec.target.files import load_config, load_state, load_tokenizer, resolve, stop_token_ids
 
 
 @dataclass

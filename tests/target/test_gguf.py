@@ -10,8 +10,8 @@ import tiny_gguf
 import torch
 
 from specdec.errors import CheckpointError, UnsupportedError
+from specdec.target.files import load_config, load_state, load_tokenizer, resolve, stop_token_ids
 from specdec.target.gguf import convert
-from specdec.target.loading import load_config, load_state, load_tokenizer, resolve, stop_token_ids
 
 
 @pytest.fixture(scope="module")

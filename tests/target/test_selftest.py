@@ -15,8 +15,8 @@ from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
 from specdec.target.adapter import adapt
+from specdec.target.files import TargetFiles
 from specdec.target.load import LeanTarget, load_weights
-from specdec.target.loading import TargetFiles
 from specdec.target.protocol import States, Target
 from specdec.target.selftest import self_test, tree_difference
 

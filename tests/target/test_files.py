@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specdec.errors import CheckpointError, SpecdecError
-from specdec.target.loading import (
+from specdec.target.files import (
     check_finite,
     load_config,
     load_state,
