@@ -33,7 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-minutes", type=float, default=None, help="stop cleanly with a usable head")
     parser.add_argument("--no-resume", action="store_true", help="refuse a directory that holds a run")
     parser.add_argument(
-        "--endpoint", default=None, metavar="URL", help="let this OpenAI-compatible server answer"
+        "--endpoint",
+        default=None,
+        metavar="URL",
+        help="let this OpenAI-compatible server answer (its key: SPECDEC_API_KEY or OPENAI_API_KEY)",
     )
     parser.add_argument(
         "--feature-cache-gb", type=float, default=None, help="disk for features between epochs"
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
     )
     out = train(order)
-    if out is not None and args.push_to_hub:
+    if out is not None and args.push_to_hub and _alone_or_first():
         _push(out, args.push_to_hub)
     return 0
 
@@ -91,6 +94,13 @@ def _check_repository(name: str) -> None:
                            allowed="ORG/NAME of letters, digits, -, _ and .") from None  # fmt: skip
 
 
+def _alone_or_first() -> bool:
+    """Of the processes of a launch, one pushes."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def _push(directory: Path, repository: str) -> None:
     """Upload the head; not the run's folder, which holds the answers (perhaps private), features and optimiser."""
     from huggingface_hub import HfApi
@@ -102,9 +112,7 @@ def _push(directory: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(folder_path=directory, repo_id=repository, ignore_patterns=[kept_here])
-    except (
-        Exception
-    ) as error:  # the Hub's errors share no base across versions; the head is finished, whatever it was
+    except Exception as error:  # the Hub's share no base across versions; the head is finished in any case
         said = str(error).splitlines() or [type(error).__name__]
         again = f"The head is in {directory}. Try again: hf upload {repository} {directory} . --exclude '{kept_here}'"
         raise SpecdecError(f"the head was not pushed: {said[0]}", field="push_to_hub", value=repository,
