@@ -44,6 +44,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:  # the clock may have ended the run in the middle of an epoch
+            self._bar.update(self._task, completed=1.0)
         self._bar.stop()
 
     def __call__(self, row: Row) -> None:
