@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-from specdec.directory import check_writable
 from specdec.errors import SpecdecError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
 from specdec.head.model import DraftHead
+from specdec.places import check_writable
 from specdec.target.files import load_config
 from specdec.target.load import LoadedTarget, load_target
 from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def make(console: Console, args: argparse.Namespace) -> int:
     """The report itself."""
     from specdec.cli.passages import passages_of
-    from specdec.directory import check_writable
+    from specdec.places import check_writable
     from specdec.surplus import run as runs
     from specdec.surplus.plan import check_documents, plan_of
     from specdec.surplus.write import check_out, write_report

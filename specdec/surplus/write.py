@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from specdec.directory import check_writable
 from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError
+from specdec.places import check_writable
 from specdec.surplus.figures import draw_all
 from specdec.surplus.page import make_page
 from specdec.surplus.rows import write_parquet
