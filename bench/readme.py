@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.record import RESULTS
 from specdec.errors import SpecdecError
+from specdec.places import replacing
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
@@ -80,11 +81,9 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1] if END in rest else rest
-    staging = README.with_suffix(".tmp")
-    staging.write_text(
-        before + BEGIN + "\n" + table(newest(RESULTS / "speed.jsonl")) + "\n" + END + after, encoding="utf-8"
-    )
-    staging.replace(README)
+    rows = table(newest(RESULTS / "speed.jsonl"))
+    with replacing(README) as fresh:
+        fresh.write_text(before + BEGIN + "\n" + rows + "\n" + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Places on disk: where specdec keeps what it can make again (dequantised weights, cost tables, compiled kernels), and
-whether a place that a user named can be written to, asked before anything costly is done for it.
+"""Places on disk: where specdec keeps what it can make again (dequantised weights, cost tables, compiled kernels), how
+files are replaced whole, and whether a place that a user named can be written to, asked before anything costly.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -18,6 +19,25 @@ def cache_root() -> Path:
     if own := os.environ.get("SPECDEC_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specdec"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under. In the end it becomes `path` in one step: nobody meets half a file, and what
+    was there stays where writing fails. The name is this process's own and keeps the suffix.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    fresh = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        fresh.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            fresh.unlink()
+        raise
 
 
 def check_writable(directory: Path, field: str = "out") -> None:

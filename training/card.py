@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.head.config import HeadConfig
+from specdec.places import replacing
 from training.recipe import Recipe
 from training.watch import LOG, read_log
 
@@ -78,9 +79,8 @@ included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 
 
 {_table("licence", story.licences)}
 """
-    partial = directory / ".README.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(directory / "README.md")
+    with replacing(directory / "README.md") as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def _measured(story: Story) -> str:
@@ -129,7 +129,6 @@ def draw(directory: Path) -> Path | None:
         if axes.lines:
             axes.legend(fontsize=7)
     path = directory / "training.png"
-    partial = directory / ".training.partial.png"
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110)
     return path

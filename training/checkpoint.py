@@ -5,13 +5,13 @@ Knows a dictionary of tensors and numbers; what is in it is the trainer's busine
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from specdec.errors import CheckpointError, MismatchError
+from specdec.places import replacing
 
 VERSION = 2  # 1 knew neither the texts nor the scale of a run, and counted its place in groups
 LAST, BEST = "last.pt", "best.pt"
@@ -23,14 +23,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the disk refuses; the old file stays.
     """
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"version": VERSION} | state, partial)
-        partial.replace(path)
+        with replacing(path) as fresh:
+            torch.save({"version": VERSION} | state, fresh)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with suppress(OSError):
-            partial.unlink()
         raise CheckpointError(
             f"cannot be written: {error}",
             field=str(path),

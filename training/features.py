@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from specdec.attention.protocol import chunk_rows
 from specdec.cache import KVCache
 from specdec.errors import SpecdecError
+from specdec.places import replacing
 from specdec.target.protocol import Target
 from training.data import Sample
 
@@ -174,15 +174,11 @@ class Features:
             "features": torch.cat([one.features for one in captured]).to("cpu", KEPT),
             "final": torch.cat([one.final for one in captured]).to("cpu", KEPT),
         }
-        partial = path.with_suffix(".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial)
-            _sum_path(path).write_text(_digest(partial))
-            partial.replace(path)
+            with replacing(path) as fresh:
+                save_file(tensors, fresh)
+                _sum_path(path).write_text(_digest(fresh))
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                partial.unlink()
             raise SpecdecError(f"cannot be written: {error}", field="cache.gigabytes", value=str(path.parent),
                                remedy="Free some space, or lower cache.gigabytes.") from error  # fmt: skip
 

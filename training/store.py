@@ -17,6 +17,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from specdec.errors import CheckpointError, MismatchError, SpecdecError
+from specdec.places import replacing
 from training.data import Sample
 
 
@@ -240,6 +241,5 @@ def _check_fingerprint(path: Path, fingerprint: str | None, *, write: bool) -> N
         return
     if not write:
         return
-    fresh = beside.with_name(beside.name + ".tmp")
-    fresh.write_text(fingerprint + "\n")
-    fresh.replace(beside)
+    with replacing(beside) as fresh:
+        fresh.write_text(fingerprint + "\n")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from specdec.errors import CheckpointError, MismatchError, SpecdecError
+from specdec.places import replacing
 from specdec.target.load import LoadedTarget
 from training.answers import EngineAnswerer
 from training.checkpoint import LAST
@@ -128,14 +128,10 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
 
 def _put(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one."""
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise SpecdecError(f"cannot be written: {error.strerror or error}", field="out", value=str(path),
                            remedy="Free some space and run again.") from error  # fmt: skip
 

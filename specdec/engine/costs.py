@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from specdec.drafting.protocol import Context, Drafter, Shape
 from specdec.engine.cost_table import CostTable
 from specdec.engine.graphs import GraphedTarget, Recording
 from specdec.native.library import identity
+from specdec.places import replacing
 from specdec.sampling import likeliest
 from specdec.target.protocol import Target
 from specdec.tree import chain
@@ -171,13 +171,9 @@ def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path
         return CostTable.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         table = measure(target, drafter, cache, recording)
-    with contextlib.suppress(
-        OSError
-    ):  # a cache that cannot be written costs seconds at the next start, no more
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
-            json.dump(table.as_dict(), file)
-        Path(file.name).replace(path)
+    # a cache that cannot be written costs seconds at the next start, no more
+    with contextlib.suppress(OSError), replacing(path) as fresh:
+        fresh.write_text(json.dumps(table.as_dict()))
     return table
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.errors import CheckpointError, MismatchError, SpecdecError
+from specdec.places import replacing
 
 MANIFEST = "manifest.json"
 
@@ -127,14 +128,10 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         SpecdecError: the disk refuses (full, read-only).
     """
-    fresh = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        fresh.replace(path)
+        with replacing(path) as fresh:
+            yield fresh
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            fresh.unlink()
         raise SpecdecError(f"cannot be written: {error}", field="report", value=str(path),
                            remedy="Free some space and run again: what was captured is kept.") from error  # fmt: skip
 

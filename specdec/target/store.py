@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from specdec.errors import SpecdecError
+from specdec.places import replacing
 
 MANIFEST = "manifest.json"
 
@@ -141,7 +142,5 @@ def _write_manifest(place: Path, seals: dict[str, Seal]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a small file so that no reader sees half of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    with replacing(path) as fresh:
+        fresh.write_text(text)

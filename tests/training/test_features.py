@@ -85,4 +85,4 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(SpecdecError, match=r"cache\.gigabytes"):
         Features(samples(), Capture(TableTarget(), (1, 2, 3)), tmp_path, 1.0).fill()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
