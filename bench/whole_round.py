@@ -19,7 +19,7 @@ from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import PLAIN, Context, Shape
-from specdec.engine.graphs import CudaRecording, Recording, Work
+from specdec.engine.graphs import CudaRecording, Recording, Work, nothing
 from specdec.engine.pipeline import Pipeline
 from specdec.engine.request import Request
 from specdec.head.config import HeadConfig
@@ -36,7 +36,7 @@ WARM = 4
 class Stepwise:
     """No recording: the work itself, launched again."""
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         return work
 
 

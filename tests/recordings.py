@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from host_reads import HostReads
 
-from specdec.engine.graphs import Work
+from specdec.engine.graphs import WARM_UP, Work, nothing
 
 
 class Replaying:
-    """Does the work again. Recording does it, too, as warming up does; the first replays are watched."""
+    """Does the work again. Recording does it several times, as CUDA graphs do; the first replays are watched."""
 
     def __init__(self) -> None:
         self.recorded, self.replayed, self.reads = 0, 0, list[str]()
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         self.recorded += 1
+        for _ in range(WARM_UP):
+            work()
+            restore()
         work()
         watched = iter(range(2))
 
@@ -30,13 +33,13 @@ class Replaying:
 
 
 class Broken:
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
 class Forgetful:
     """Replays nothing: what the first run gave stays."""
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         work()
         return lambda: None

@@ -29,11 +29,18 @@ TOLERANCE = 2e-2  # of logits, relative to their spread, between captured and pl
 Work = Callable[[], None]
 
 
+def nothing() -> None:
+    """Of work that may be done again as it is."""
+
+
 class Recording(Protocol):
     """Makes a program out of work on tensors that stay where they are."""
 
-    def record(self, work: Work) -> Work:
-        """Do the work, and return what does it again."""
+    def record(self, work: Work, restore: Work = nothing) -> Work:
+        """Do the work, perhaps several times, and return what does it again.
+
+        `restore` puts back what the work has moved on: it runs between two times, never after the last.
+        """
         ...
 
 
@@ -46,14 +53,17 @@ class CudaRecording:
             None  # a pool whose last graph is gone cannot be captured into
         )
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         """Warm up on a side stream, then capture."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    work()
+                    restore()
+        finally:  # also of work that failed half-way, something may still run
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             work()

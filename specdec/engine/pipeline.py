@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -240,9 +241,15 @@ class Pipeline:
         key = (len(seats.slots), shape.depth, shape.width, shape.nodes, greedy)
         if key not in self._programs:
             before = [x[seats.slots].clone() for x in self._program.state()]
-            try:
-                self._programs[key] = self.recording.record(lambda: self._program.run(seats, shape, greedy))
-            finally:
+
+            def restore() -> None:
+                """Recording runs the round several times: each is the first, or they would leave the slot."""
                 for now, then in zip(self._program.state(), before, strict=True):
-                    now[seats.slots] = then  # recording runs the round, perhaps several times
+                    now[seats.slots] = then
+
+            try:
+                work = partial(self._program.run, seats, shape, greedy)
+                self._programs[key] = self.recording.record(work, restore)
+            finally:
+                restore()
         return self._programs[key]

@@ -12,11 +12,13 @@ import torch
 from host_reads import HostReads
 from recordings import Replaying
 
+from bench.replay import Profile, ReplayDrafter, ReplayHead
+from specdec.attention.reference import ReferenceAttention
 from specdec.drafting.eagle import EagleDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.engine import Engine, Limits
-from specdec.engine.graphs import CudaRecording, Work
+from specdec.engine.graphs import CudaRecording, Work, nothing
 from specdec.engine.pipeline import Pipeline
 from specdec.engine.request import Request
 from specdec.sampling import Sampling
@@ -176,6 +178,30 @@ def test_the_context_can_be_filled_to_its_end(target_of: Targets) -> None:
         assert [r.output for r in ours] == wanted
 
 
+def test_recording_near_the_end_of_the_context_stays_in_the_slot(target_of: Targets) -> None:
+    """A second request joins one that has all but filled its slot, whose drafts are always right: the rounds that warm
+    up must not add to one another."""
+    target, limits, shape = target_of("llama"), Limits(slots=2, length=64, chunk=16), FULL
+    asked = [(tuple([5, 6, 7, 8] * 4), 48), (tuple([9, 30, 31] * 5), 8)]
+    ours = [engines.request(f"r{i}", p, Sampling(max_tokens=n)) for i, (p, n) in enumerate(asked)]
+    known = [engines.request(f"k{i}", p, Sampling(max_tokens=60)) for i, (p, _) in enumerate(asked)]
+    long = _alone(target, known)
+    texts = {prompt: tuple(answer) for (prompt, _), answer in zip(asked, long, strict=True)}
+    right = ReplayDrafter(texts, Profile((1.0,)), 2, target.info.vocab, torch.device("cpu"))
+    head = engines.random_head(target, range(3, 90))
+    head.freeze()
+    drafter = ReplayHead(head, target.embed, ReferenceAttention(), 2, limits.length, right)
+    machine = _ahead(engines.engine(target, drafter, shape, limits))
+    machine.add(ours[0])
+    while len(ours[0].output) < 30:
+        machine.step()
+    assert ours[0].finish is None
+    engines.run(machine, ours[1:])
+    assert machine.pipeline is not None, "a row past the slot ended it"
+    assert [r.output for r in ours] == [answer[:n] for answer, (_, n) in zip(long, asked, strict=True)]
+    assert ours[0].counters.tau > 4
+
+
 def test_what_does_not_fit_runs_step_by_step_and_comes_back(target_of: Targets, plain: Callable) -> None:
     """A penalised request joins in the middle: the batch leaves the device, and returns to it afterwards."""
     target, wanted, recording = target_of("llama"), plain("llama"), Replaying()
@@ -317,11 +343,11 @@ def test_logits_that_are_not_numbers_fail_one_request_alone(target_of: Targets, 
 class _Refusing(Replaying):
     """Like a driver that gives up at the second program, having run the work once."""
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         if self.recorded:
             work()
             raise RuntimeError("operation not permitted when stream is capturing")
-        return super().record(work)
+        return super().record(work, restore)
 
 
 def test_a_recording_that_fails_leaves_rounds_step_by_step(target_of: Targets, plain: Callable) -> None:
@@ -360,11 +386,13 @@ class _Forbidding:
     def __init__(self) -> None:
         self.inner, self.replayed = CudaRecording(), 0
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, restore: Work = nothing) -> Work:
         work()  # builds tables and kernels, which may wait
+        restore()
         with _no_waiting():
             work()
-        replay = self.inner.record(work)
+        restore()
+        replay = self.inner.record(work, restore)
 
         def again() -> None:
             self.replayed += 1
