@@ -44,6 +44,7 @@ PLAN = (
 """Stages in the order of what matters most, with the seconds each may take."""
 
 SLOW = 10  # how much longer a stage may take in tiny on a busy CPU
+AGAIN = 5.0  # seconds between the alarms of a stage that is late
 SANITIZER = "compute-sanitizer"
 FILES = ("kernels", "steps", "speed", "sweep", "gpu")
 
@@ -124,23 +125,30 @@ def perform(run: Run, stage: str, seconds: float) -> str:
     return "done" if code == 0 else f"exit code {code}"
 
 
+class Late(BaseException):
+    """A stage's time is over. No `Exception`: those an engine catches, and goes on in a slower way."""
+
+
 def _here(run: Run, stage: str, seconds: float) -> str:
     """A stage in this process, ended by an alarm."""
     setting = stages.Setting("cpu" if run.smoke else "cuda", run.target, run.head, run.also, run.smoke)
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"cut off after {seconds:.0f} s")
+        raise Late(f"cut off after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(max(1, int(seconds)))
+    # again and again: a clean-up or a callback may swallow one
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds), AGAIN)
     try:
         os.environ[FOLDER_VARIABLE] = str(run.out)
         stages.STAGES[stage](setting)
-    except Exception as error:  # the others still run
-        (run.out / "log.txt").open("a", encoding="utf-8").write(f"\n==== {stage}\n{traceback.format_exc()}")
-        return str(error) if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"[:200]
+    except (Exception, Late) as error:  # the others still run
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with (run.out / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"\n==== {stage}\n{traceback.format_exc()}")
+        return str(error) if isinstance(error, Late) else f"{type(error).__name__}: {error}"[:200]
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return "done"
 

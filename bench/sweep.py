@@ -85,12 +85,15 @@ def window(engine: Engine, prompts: Sequence[tuple[int, ...]], max_tokens: int) 
     ]  # fmt: skip
     for request in requests:
         engine.add(request)
-    while any(request.first_token is None for request in requests):
-        engine.step()
+    while any(request.first_token is None and request.finish is None for request in requests):
+        pieces = engine.step()
+        if wrong := next((piece.error for piece in pieces if piece.error), None):
+            raise RuntimeError(f"a request of the sweep failed: {wrong}")
     settle()
     start, before, rounds = time.perf_counter(), _emitted(requests), 0
     while all(request.finish is None for request in requests):
-        engine.step()
+        if wrong := next((piece.error for piece in engine.step() if piece.error), None):
+            raise RuntimeError(f"a request of the sweep failed: {wrong}")
         rounds += 1
     settle()
     seconds, tokens = time.perf_counter() - start, _emitted(requests) - before

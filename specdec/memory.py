@@ -1,4 +1,4 @@
-"""How much memory a device has left, and byte counts as people read them.
+"""Devices: which one is current, how much memory it has left, and byte counts as people read them.
 
 Asks the device or the operating system; knows nothing of what the memory is for.
 """
@@ -15,6 +15,12 @@ import torch
 GIB = 2**30
 PROC = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make it this thread's current device: Triton's kernels, streams and graphs go there whatever tensors they are
+    given."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free_bytes(device: torch.device) -> int | None:

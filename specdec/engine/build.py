@@ -30,7 +30,7 @@ from specdec.head.checkpoint import load_head
 from specdec.head.match import check_match
 from specdec.head.model import DraftHead
 from specdec.head.pretrained import shipped_head
-from specdec.memory import free_bytes
+from specdec.memory import current, free_bytes
 from specdec.places import cache_root
 from specdec.target.load import DeviceMap, LeanTarget
 from specdec.target.protocol import Target
@@ -83,6 +83,11 @@ def make_engine(
     Args:
         recording: of rounds as device programs; None takes CUDA graphs on a GPU and none on a CPU.
     """
+    with current(target.info.device):
+        return _made(target, head, options, recording)
+
+
+def _made(target: Target, head: str | Path | None, options: Options, recording: Recording | None) -> Engine:
     words = drafter_words(target, head)
     weights = _load_head(target, words, options)
     free = free_bytes(target.info.device) if options.memory is None else options.memory

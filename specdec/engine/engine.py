@@ -23,6 +23,7 @@ from specdec.engine.pipeline import Pipeline
 from specdec.engine.prefill import Prefill
 from specdec.engine.request import Finish, Piece, Request, check_request
 from specdec.engine.round import Emitted, Outcome, Rounds
+from specdec.memory import current
 from specdec.stats import Counters, Recorder, Round, Watcher
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
@@ -76,6 +77,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Piece]:
         """One turn: cancellations, admissions, a chunk of prefill, one round. Returns what each request got."""
+        with current(self.target.info.device):
+            return self._step()
+
+    def _step(self) -> list[Piece]:
         pieces = self._land_all() if self._about_to_change() else []
         pieces += self._drop_cancelled()
         self._admit()
@@ -156,7 +161,11 @@ class Engine:
                 return [self._end(running[0], "error", _told(error))]
             return [piece for r in running for piece in self._run([r], shape)]  # find the culprit alone
         emitted = Emitted.of(outcome)
-        self.budget.note(shape, outcome.tree, sum(emitted.counts), outcome.seconds)
+        told_apart = self.target.info.device.type == "cpu"
+        seconds = (
+            outcome.seconds if told_apart else None
+        )  # a device runs behind the host, whose clock this is
+        self.budget.note(shape, outcome.tree, sum(emitted.counts), seconds)
         if self.recorder is not None:
             self.recorder.record(_as_round(batch, outcome))
         return self._settle(batch.requests, emitted, outcome)

@@ -25,6 +25,8 @@ from specdec.tree import DraftTree, trim
 class Outcome:
     """One round's values: the trees, the target's word on them, and the seconds each phase took.
 
+    On a device a phase's seconds are those of its launches, as long as nothing waits; only their sum is the round's.
+
     Attributes:
         peaks: [B, N], the largest logit after each node; NaN where logits are no numbers.
     """

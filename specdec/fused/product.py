@@ -53,7 +53,8 @@ def product(
         kernels.row_kernel[(blocks,)](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
         return y
     sizes["BLOCK_ROWS"] = max(16, enough(rows))
-    if factor is not None and cut.stages and (rows > BESIDE or cut.splits > 1):
+    first = x.dtype == torch.float16 or (cut.stages and (rows > BESIDE or cut.splits > 1))
+    if factor is not None and first:  # float16 cannot hold what a norm has yet to scale down
         given = (norm(x, factor, eps).contiguous(), *given[1:4], None, y)
     if cut.stages:
         left: tuple[Tensor | None, ...] = (None, None)

@@ -7,7 +7,7 @@ launch is left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,13 @@ def _tried(kind: Kind, weight: Tensor) -> Cut | None:
     cuts = candidates(kind)
     if not cuts:
         return None
-    trial = Trial.of(kind, weight if kind.nbytes > POOL else None)
+    try:
+        return _fastest(Trial.of(kind, weight if kind.nbytes > POOL else None), cuts)
+    except torch.OutOfMemoryError:  # of a device that an engine has filled: cuBLAS needs no room of ours
+        return None
+
+
+def _fastest(trial: Trial, cuts: Sequence[Cut]) -> Cut | None:
     least, best = _milliseconds(trial.theirs, len(trial.weights)), None
     for cut in cuts:
         if not _right(trial, cut):

@@ -20,7 +20,7 @@ from specdec.attention.reference import ReferenceAttention
 from specdec.cache import KVCache
 from specdec.errors import CheckpointError, UnsupportedError
 from specdec.layers.embedding import embedded
-from specdec.memory import free_bytes, gib, tensor_bytes
+from specdec.memory import current, free_bytes, gib, tensor_bytes
 from specdec.target.files import (
     TargetFiles,
     load_config,
@@ -112,7 +112,8 @@ def load_target(name: str, *, dtype: DtypeChoice = None, device: str | torch.dev
     if isinstance(device_map, Mapping):
         _check_devices(device_map)
     kind = _dtype(dtype, load_config(files.directory), torch.device(device))
-    target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
+    with current(torch.device(device)):
+        target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
     return LoadedTarget(target, tokenizer, files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -80,6 +81,23 @@ def test_a_stage_that_fails_or_hangs_stays_alone(tmp_path: Path, monkeypatch: py
     assert told == {"steps": "exit code 3", "speed": "cut off after 1 s", "memcheck": "absent", "ceilings": "done",
                     "round": "no time left"}  # fmt: skip
     assert "7" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_late_stage_in_this_process_cannot_be_held_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines catch whatever a driver refuses and go on: the end of a stage must not be among that."""
+
+    def stubborn(_: Setting) -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            with contextlib.suppress(Exception):
+                time.sleep(30)
+
+    monkeypatch.setitem(STAGES, "steps", stubborn)
+    began = time.monotonic()
+    assert gpu.perform(_run(tmp_path, together=True), "steps", 1.0) == "cut off after 1 s"
+    assert time.monotonic() - began < 10
 
 
 def test_stages_run_as_commands(tmp_path: Path) -> None:

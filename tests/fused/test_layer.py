@@ -111,6 +111,15 @@ def product_case(inputs: int, outputs: int, dtype: torch.dtype, *, rows: int = 1
     return off(got, wanted if residual is None else wanted + residual.double())
 
 
+def large_norm_case(rows: int, cut: cuts.Cut) -> float:
+    """A value that a norm's weight takes beyond float16, and the norm itself back into it."""
+    x, weight = draw(1, rows, 64, dtype=HALF), draw(32, 64, dtype=HALF, seed=1)
+    x[..., 3] = 9000
+    factor = torch.full((64,), 8.0, dtype=HALF, device=PLACE)
+    got = product.product(x, weight, None, cut, factor=factor, eps=1e-5)
+    return off(got, plain_norm(x, factor).double() @ weight.double().T) if bool(got.isfinite().all()) else 1.0
+
+
 def twice(case: Callable[..., float], *given: Any, **named: Any) -> float:
     """What the first run leaves must not mislead the second."""
     return max(case(*given, **named), case(*given, **named))
@@ -164,6 +173,10 @@ CASES: dict[str, Callable[[], float]] = {
     "product of rows, inputs split, half": lambda: product_case(
         576, 32, HALF, rows=3, norm=True, plus=True, cut=SPLIT
     ),
+    "large norm, half": lambda: large_norm_case(1, SHORT),
+    "large norm of rows, half": lambda: large_norm_case(5, TILE),
+    "large norm of rows, inputs split, half": lambda: large_norm_case(5, SPLIT),
+    "large norm of rows, at once, half": lambda: large_norm_case(5, WHOLE),
     "product of rows, at once": lambda: product_case(128, 32, F32, rows=5, bias=True, plus=True, cut=WHOLE),
     "product of rows, at once behind a norm": lambda: product_case(
         120, 48, F32, rows=20, norm=True, cut=WHOLE
