@@ -305,6 +305,25 @@ def test_cancelling_lands_what_is_in_flight_first(target_of: Targets, plain: Cal
     assert [r.output for r in requests[1:]] == wanted[1:]
 
 
+def test_equal_prompts_that_come_together_share_what_the_first_has_run(target_of: Targets) -> None:
+    """The first is in flight when the others look again; each then goes its own way."""
+    target, prompt = target_of("llama"), PROMPTS[0]
+
+    def requests() -> list[Request]:
+        samplings = [Sampling(temperature=0.9, seed=i, max_tokens=12, ignore_eos=True) for i in range(3)]
+        return [engines.request(f"r{i}", prompt, sampling) for i, sampling in enumerate(samplings)]
+
+    wanted = _alone(target, requests())
+    machine, ours = _speculating(target, wanted), requests()
+    engines.run(machine, ours)
+    assert machine.pipeline is not None
+    assert [r.output for r in ours] == wanted
+    assert [r.reused for r in ours] == [0, len(prompt) - 2, len(prompt) - 2]
+    eager, theirs = engines.engine(target, _head(target, wanted), WIDE), requests()
+    engines.run(eager, theirs)
+    assert [r.counters.accepted for r in ours] == [r.counters.accepted for r in theirs]
+
+
 def test_a_prefix_is_taken_over_from_a_request_that_ran_on_the_device(target_of: Targets) -> None:
     target, sampling = target_of("llama"), Sampling(max_tokens=14)
     first = engines.request("first", PROMPTS[0], sampling)
