@@ -1,6 +1,7 @@
 """Measures the cost table of a target and a drafter on this machine, in seconds, and remembers it.
 
-The table is cached by machine, thread count, versions, model and drafter; deleting the file measures anew.
+The table is cached by machine, thread count, versions, model and drafter, and held against a few runs before it is
+believed; deleting the file measures anew.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ LEAST, MOST = 2, 24  # runs of a cell
 ENOUGH_MS = 400.0  # spent on a cell, after which it is run no more
 REPLAYS = 8  # of a recorded work in a row
 MOST_ROWS = 256  # batch x nodes beyond which a cell is left to extrapolation
+CHECKED = (1, 8)  # nodes of the forwards that a remembered table is held against
+FASTER, FASTER_MS = 1.5, 1.0  # how much faster than remembered: factor and milliseconds
 WIDTH = 8
 LEVELS = 7  # of the trees whose pairs a captured round reads
 
@@ -69,11 +72,33 @@ def measure(
     drafts = {(b, depth): _draft(eagle, target, b, depth, prefix, recording)
               for b in batches for depth in (1, 3)}  # fmt: skip
     times = _least_ms(drafts, replays)
-    for slot in range(max(batches)):
-        eagle.release(slot)
-        eagle.lanes[slot].rows = 0
+    _clear(eagle, max(batches))
     level = {b: max((times[b, 3] - times[b, 1]) / 2, 1e-3) for b in batches}
     return CostTable(verify, level, {b: times[b, 1] for b in batches})
+
+
+@torch.inference_mode()
+def busy_then(table: CostTable, target: Target, drafter: Drafter, cache: KVCache) -> bool:
+    """Was the machine busy when the table was taken? Whatever else it does only ever adds, and adds most to the many
+    small works of drafting: where something is clearly faster now, the table is not to be believed. What is slower now
+    says nothing."""
+    prefix = min(PREFIX, cache.length // 2)
+    told = {(1, n): table.verify_ms(1, n) for n in CHECKED}
+    works = {(1, n): _verify(target, cache, 1, n, prefix, drafter.taps, None) for n in CHECKED}
+    eagle = _asks_head(drafter)
+    if eagle is not None:
+        told[1, 0], works[1, 0] = table.draft_ms(1, 3), _draft(eagle, target, 1, 3, prefix, None)
+    now = _least_ms(works, 1, LEAST)
+    if eagle is not None:
+        _clear(eagle, 1)
+    return any(now[name] < told[name] / FASTER and told[name] - now[name] > FASTER_MS for name in told)
+
+
+def _clear(eagle: EagleDrafter, slots: int) -> None:
+    """Forget what was only measured."""
+    for slot in range(slots):
+        eagle.release(slot)
+        eagle.lanes[slot].rows = 0
 
 
 def _asks_head(drafter: Drafter) -> EagleDrafter | None:
@@ -83,7 +108,7 @@ def _asks_head(drafter: Drafter) -> EagleDrafter | None:
 
 
 def _least_ms(
-    works: Mapping[tuple[int, int], Callable[[], object]], in_a_row: int
+    works: Mapping[tuple[int, int], Callable[[], object]], in_a_row: int, most: int = MOST
 ) -> dict[tuple[int, int], float]:
     """The fastest of several runs each: what else the machine does only ever adds, and prices must not follow it.
 
@@ -93,9 +118,10 @@ def _least_ms(
     Args:
         in_a_row: calls of a run before it waits for the device. Rounds that are launched ahead never wait, and waiting
             takes as long for a token as for a tree: timed with it, a token would look too dear.
+        most: runs of each.
     """
     least, spent = dict.fromkeys(works, math.inf), dict.fromkeys(works, 0.0)
-    for turn in range(MOST + 1):
+    for turn in range(most + 1):
         for name, work in works.items():
             if turn > LEAST and spent[name] > ENOUGH_MS:
                 continue
@@ -165,12 +191,15 @@ def _draft(drafter: EagleDrafter, target: Target, b: int, depth: int, prefix: in
 
 def remembered(target: Target, drafter: Drafter, cache: KVCache, directory: Path,
                recording: Recording | None = None) -> CostTable:  # fmt: skip
-    """The cached table of this machine, model and drafter; measured if there is none or it is broken."""
+    """The cached table of this machine, model and drafter; measured if there is none, if it is broken or if the machine
+    was busy when it was taken."""
     path = directory / f"{_key(target, drafter, cache, recording is not None)}.json"
-    try:
-        return CostTable.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        table = measure(target, drafter, cache, recording)
+    with contextlib.suppress(OSError, ValueError):
+        table = CostTable.from_dict(json.loads(path.read_text()))
+        # device programs are timed by the device, whatever else this machine does
+        if recording is not None or not busy_then(table, target, drafter, cache):
+            return table
+    table = measure(target, drafter, cache, recording)
     # a cache that cannot be written costs seconds at the next start, no more
     with contextlib.suppress(OSError), replacing(path) as fresh:
         fresh.write_text(json.dumps(table.as_dict()))

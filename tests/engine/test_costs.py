@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,31 @@ def test_measured_once_then_remembered(tmp_path: Path, monkeypatch: pytest.Monke
     costs.remembered(target, NgramDrafter(), _scratch(target, 2), tmp_path / "new" / "place")
     assert len(measured) == 3, "another drafter or batch is another table"
     assert len([*(tmp_path / "new" / "place").iterdir()]) == 3, "temporary files stayed behind"
+
+
+@pytest.mark.parametrize("part", ["verify", "level"])
+def test_a_table_of_a_busy_moment_is_not_believed(
+    part: str, target_of: Callable[..., Target], tmp_path: Path
+) -> None:
+    """Taken beside other work, a level of drafting once looked dearer than a forward, and stayed so for good."""
+    target = target_of("llama")
+    drafter = engines.eagle(target, engines.random_head(target, range(20)), Limits(1, 128))
+    table = costs.remembered(target, drafter, _scratch(target, 1), tmp_path)
+    (file,) = tmp_path.iterdir()
+    told = json.loads(file.read_text())
+    told[part] = {
+        key: {n: 500.0 for n in value} if part == "verify" else 500.0 for key, value in told[part].items()
+    }
+    file.write_text(json.dumps(told))
+    again = costs.remembered(target, drafter, _scratch(target, 1), tmp_path)
+    assert again.verify_ms(1, 8) < 100 and again.draft_ms(1, 2) < 100
+    assert CostTable.from_dict(json.loads(file.read_text())) == again
+    assert all(lane.rows == 0 and not lane.tokens for lane in drafter.lanes)
+    quick = {key: {n: 1e-3 for n in row} for key, row in table.as_dict()["verify"].items()}
+    file.write_text(json.dumps(table.as_dict() | {"verify": quick, "level": {}, "extend": {}}))
+    assert costs.remembered(target, drafter, _scratch(target, 1), tmp_path).verify_ms(1, 1) == 1e-3, (
+        "slower now"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"verify": {}, "level": {}, "extend": {}}', "\x00\xff"])
