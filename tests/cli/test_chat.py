@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from specdec.cli.main import main
 
 FAST = ["--dtype", "float32", "--device", "cpu", "--draft", "ngram", "--tree", "3/4/12"]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 
 import engines
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -24,11 +23,6 @@ from specdec.head.export import TargetNames, save_raw
 
 FAST = ["--dtype", "float32", "--device", "cpu", "--tree", "3/4/12", "--ignore-eos", "--max-tokens", "8"]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -9,18 +9,12 @@ from pathlib import Path
 
 import engines
 import pytest
-import tiny
 
 from specdec.cli.main import main
 from specdec.cli.screen import Screen
 from specdec.head.export import TargetNames, save_raw
 
 Inspect = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
