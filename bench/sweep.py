@@ -86,20 +86,23 @@ def window(engine: Engine, prompts: Sequence[tuple[int, ...]], max_tokens: int) 
     for request in requests:
         engine.add(request)
     while any(request.first_token is None and request.finish is None for request in requests):
-        pieces = engine.step()
-        if wrong := next((piece.error for piece in pieces if piece.error), None):
-            raise RuntimeError(f"a request of the sweep failed: {wrong}")
+        _step(engine)
     settle()
     start, before, rounds = time.perf_counter(), _emitted(requests), 0
     while all(request.finish is None for request in requests):
-        if wrong := next((piece.error for piece in engine.step() if piece.error), None):
-            raise RuntimeError(f"a request of the sweep failed: {wrong}")
+        _step(engine)
         rounds += 1
     settle()
     seconds, tokens = time.perf_counter() - start, _emitted(requests) - before
     while engine.busy:
         engine.step()
     return Window(tokens, seconds, rounds, tuple(tuple(request.output) for request in requests))
+
+
+def _step(engine: Engine) -> None:
+    """One turn. Raises RuntimeError when a request fails: what is left would be timed as if nothing had happened."""
+    if wrong := next((piece.error for piece in engine.step() if piece.error), None):
+        raise RuntimeError(f"a request of the sweep failed: {wrong}")
 
 
 def room(later: int) -> int:

@@ -32,6 +32,7 @@ from specdec.errors import RequestError, UnsupportedError
 from specdec.sampling import Sampling
 from specdec.stats import Counters
 from specdec.target.load import LoadedTarget, load_target
+from specdec.unicode import lone_surrogate
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -130,21 +131,7 @@ class SpecDecoder:
             kinds = sorted({type(part).__name__ for part in prompt})
             raise RequestError("is neither ids nor messages", field="prompt", value=", ".join(kinds),
                                allowed="a text, whole numbers, or mappings with role and content")  # fmt: skip
-        return self._render([dict(message) for message in prompt])  # type: ignore[arg-type]
-
-    def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        if not self.tokenizer.chat_template:
-            raise RequestError("need a chat template, and this target has none", field="messages",
-                               remedy="Give the text itself, without roles.")  # fmt: skip
-        for message in messages:
-            _check_text(str(message.get("content", "")))
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # templates raise what they like about roles they do not know
-            raise RequestError(f"do not fit the chat template: {error}", field="messages") from error
-        return tuple(rendered)
+        return render(self.loaded, [dict(message) for message in prompt])  # type: ignore[arg-type]
 
     def request(
         self, prompt: Prompt, sampling: Sampling, *, chat: bool = True, speculate: bool = True
@@ -278,11 +265,30 @@ def _emptied(mail: Sequence[deque[Piece]]) -> Iterator[Piece]:
             yield box.popleft()
 
 
-def _check_text(text: str) -> None:
+def render(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    """Token ids of a conversation that awaits its answer.
+
+    Raises:
+        RequestError: there is no chat template, or it does not take them; a text is none.
+    """
+    if not loaded.tokenizer.chat_template:
+        raise RequestError("need a chat template, and this target has none", field="messages",
+                           remedy="Give the text itself, without roles.")  # fmt: skip
+    for message in messages:
+        _check_text(str(message.get("content", "")))
     try:
-        text.encode()
-    except UnicodeEncodeError as error:  # lone surrogates: bytes of an argument or a \ud800 in JSON
-        raise RequestError(f"is not UTF-8 (character {error.start})", field="prompt") from None
+        rendered = loaded.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # templates raise what they like about roles they do not know
+        raise RequestError(f"do not fit the chat template: {error}", field="messages") from error
+    return tuple(rendered)
+
+
+def _check_text(text: str) -> None:
+    """Bytes of an argument or a \\ud800 in JSON may be no text."""
+    if (at := lone_surrogate(text)) is not None:
+        raise RequestError(f"is not UTF-8 (character {at})", field="prompt")
 
 
 def _unpacked(prompts: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors",),
+    ("errors", "unicode"),
     ("places",),
     ("tree", "sampling", "accept", "cache", "stats", "native", "fused", "memory"),
     ("layers", "attention"),

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.errors import SpecdecError
+from specdec.unicode import lone_surrogate
 from training.rows import read_rows
 
 DEV_EVERY = 50  # one conversation in fifty is never trained on
@@ -202,12 +203,8 @@ def _conversation(row: Mapping[str, Any], origin: str) -> Conversation:
 
 
 def _check_unicode(*texts: str) -> None:
-    """JSON may hold half a surrogate pair, which no tokenizer and no file takes."""
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError:
-        raise RowError("not valid Unicode (half a surrogate pair)") from None
+    if lone_surrogate(*texts) is not None:
+        raise RowError("not valid Unicode (half a surrogate pair)")
 
 
 def _identity(row: Mapping[str, Any], messages: tuple[Message, ...]) -> str:

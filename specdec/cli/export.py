@@ -68,7 +68,7 @@ def _write(args: argparse.Namespace) -> None:
     names = TargetNames(**describe(target))
     check_sizes(opened.head.config, _sizes(target))
     save = save_raw if args.format == "raw" else save_speculators
-    save(opened.head, args.out, target=names, dtype=next(opened.head.parameters()).dtype)
+    save(opened.head, args.out, target=names, dtype=opened.head.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from specdec.errors import RequestError
+from specdec.unicode import lone_surrogate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,28 +55,19 @@ def encode(loaded: LoadedTarget, messages: Sequence[dict[str, str]]) -> tuple[in
     Raises:
         RequestError: the text is none, or the template refuses it.
     """
-    from jinja2.exceptions import TemplateError
+    from specdec.generate import render
 
     tokenizer = loaded.tokenizer
-    _check_text(*(message["content"] for message in messages))
-    if not tokenizer.chat_template:
-        return tuple(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
-    try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except TemplateError as error:
-        raise RequestError(f"does not fit the chat template: {error}") from error
-    return tuple(rendered)
+    if tokenizer.chat_template:
+        return render(loaded, list(messages))
+    text = "\n".join(m["content"] for m in messages)
+    _check_text(text)
+    return tuple(tokenizer(text)["input_ids"])
 
 
 def _check_text(*texts: str) -> None:
-    """JSON may hold half a surrogate pair, which no tokenizer and no file takes."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"is not valid Unicode (character {error.start})") from None
+    if (at := lone_surrogate(*texts)) is not None:
+        raise RequestError(f"is not UTF-8 (character {at})")
 
 
 def _tell(console: Console, refused: Sequence[RequestError]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import RequestError
+from specdec.unicode import lone_surrogate
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def _row(line: str, where: str) -> Dialogue:
     if not isinstance(row, dict):
         raise RequestError("is not an object", field=where, value=line)
     name, category = str(row.get("id", where)), str(row.get("category", ""))
-    if not _encodable(name):
+    if lone_surrogate(name) is not None:  # it could not be printed with the answer
         raise RequestError("has an id that is not valid Unicode", field=where, value=name)
     if "turns" in row:
         return Dialogue(name, (), tuple(_texts(row["turns"], where, "turns")), category)
@@ -58,15 +59,6 @@ def _row(line: str, where: str) -> Dialogue:
     if "prompt" in row:
         return Dialogue(name, (), tuple(_texts([row["prompt"]], where, "prompt")), category)
     raise RequestError("has none of turns, messages, prompt", field=where, value=sorted(row))
-
-
-def _encodable(text: str) -> bool:
-    """Half a surrogate pair is valid JSON, but cannot be printed with the answer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _texts(value: Any, where: str, key: str) -> Iterator[str]:

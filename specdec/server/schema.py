@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from specdec.unicode import lone_surrogate
+
 MAX_CHOICES = 128  # OpenAI's bound on n
 MAX_STOPS, LONGEST_STOP = 4, 512
 MAX_TOP_LOGPROBS = 20
@@ -16,10 +18,8 @@ MAX_TOP_LOGPROBS = 20
 
 def _encodable(text: str) -> str:
     """Half a surrogate pair is valid JSON but no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not valid Unicode (a lone surrogate)") from None
+    if lone_surrogate(text) is not None:
+        raise ValueError("is not valid Unicode (a lone surrogate)")
     return text
 
 

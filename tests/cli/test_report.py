@@ -120,7 +120,7 @@ def test_rows_that_cannot_be_asked_are_named_and_left_out(target: Path) -> None:
     made = passages_of(console, loaded, [("songs", row) for row in rows], 8)
     assert [passage.id for passage in made] == ["good"]
     told = console.export_text()
-    for words in ("row half: is not valid Unicode", "row told: does not fit the chat template: no system",
+    for words in ("row half: is not UTF-8", "row told: do not fit the chat template: no system",
                   "1 more rows"):  # fmt: skip
         assert words in told
 

@@ -23,6 +23,12 @@ def _scratch(target: Target, slots: int) -> KVCache:
     return KVCache(target.info.cache, slots, 64 + 64)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every work takes two milliseconds, whatever else this machine does."""
+    monkeypatch.setattr(costs, "_least_ms", lambda works, *_: dict.fromkeys(works, 2.0))
+
+
 def test_a_table_covers_batches_and_nodes_and_more_never_costs_less() -> None:
     target = ToyTarget()
     table = costs.measure(target, NgramDrafter(), _scratch(target, 8))
@@ -44,7 +50,7 @@ def test_a_heads_levels_are_measured_and_its_slots_left_clean(target_of: Callabl
     assert table.draft_ms(1, 3) > table.draft_ms(1, 1) > 0
 
 
-def test_measured_once_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_once_then_remembered(clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, measured = ToyTarget(), []
     measure = costs.measure
     monkeypatch.setattr(costs, "measure", lambda *given: measured.append(given) or measure(*given))
@@ -59,7 +65,7 @@ def test_measured_once_then_remembered(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("part", ["verify", "level"])
 def test_a_table_of_a_busy_moment_is_not_believed(
-    part: str, target_of: Callable[..., Target], tmp_path: Path
+    part: str, clock: None, target_of: Callable[..., Target], tmp_path: Path
 ) -> None:
     """Taken beside other work, a level of drafting once looked dearer than a forward, and stayed so for good."""
     target = target_of("llama")
@@ -72,7 +78,7 @@ def test_a_table_of_a_busy_moment_is_not_believed(
     }
     file.write_text(json.dumps(told))
     again = costs.remembered(target, drafter, _scratch(target, 1), tmp_path)
-    assert again.verify_ms(1, 8) < 100 and again.draft_ms(1, 2) < 100
+    assert again == table
     assert CostTable.from_dict(json.loads(file.read_text())) == again
     assert all(lane.rows == 0 and not lane.tokens for lane in drafter.lanes)
     quick = {key: {n: 1e-3 for n in row} for key, row in table.as_dict()["verify"].items()}
@@ -83,7 +89,7 @@ def test_a_table_of_a_busy_moment_is_not_believed(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"verify": {}, "level": {}, "extend": {}}', "\x00\xff"])
-def test_a_broken_file_is_measured_anew_and_replaced(text: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_measured_anew_and_replaced(text: str, clock: None, tmp_path: Path) -> None:
     target, drafter = ToyTarget(), FakeDrafter(neighbours)
     table = costs.remembered(target, drafter, _scratch(target, 1), tmp_path)
     (file,) = tmp_path.iterdir()
