@@ -24,6 +24,7 @@ from specdec.tree import DraftTree
 
 MAX_BIAS = 1e6  # decides against any logit and stays finite in float32 at any temperature
 COLDEST = 1e-5  # smaller temperatures act as this one: below it quotients of logits leave float32
+LEAST_MASS = 1e-30  # smaller top_p act as this one: 0 in float32 would keep no token at all
 WORD = 2**64 - 1  # a 64-bit word, all bits set
 BLOCK = 256  # neighbouring tokens whose mass is summed before a draw
 NUCLEUS_HEAD = 1024  # most nuclei fit in so many tokens; the full sort is only made where one does not
@@ -162,7 +163,7 @@ class BatchSampling:
         return BatchSampling(
             temperature=column([max(s.temperature, COLDEST) if s.temperature else 0.0 for s in settings]),
             top_k=torch.tensor([min(s.top_k, vocab) for s in settings], dtype=torch.int64, device=device),
-            top_p=column([s.top_p for s in settings]),
+            top_p=column([max(s.top_p, LEAST_MASS) for s in settings]),
             min_p=column([s.min_p for s in settings]),
             bias=_bias(settings, vocab, device),
             penalties=torch.tensor(penalties, device=device) if any(s.penalised for s in settings) else None,

@@ -125,6 +125,11 @@ class TestProcess:
         out = processed([1.0, 300.0, -300.0, 299.0], request)
         assert torch.softmax(out, dim=-1).tolist() == [0.0, 1.0, 0.0, 0.0]
 
+    @pytest.mark.parametrize("top_p", [5e-324, 1e-40])
+    def test_the_smallest_nuclei_keep_the_likeliest(self, top_p: float) -> None:
+        kept = finite(processed([1.0, 3.0, 2.0], Sampling(temperature=1, top_p=top_p)))
+        assert kept == [False, True, False]
+
     def test_bias_is_added_by_row(self) -> None:
         logits = torch.zeros(2, 1, 3)
         out = process(logits, roots(2), batch(Sampling(logit_bias={1: 2.5, 2: -1}), Sampling(), vocab=3))
