@@ -300,8 +300,8 @@ def test_the_protocol_names_its_rows() -> None:
 
 def test_importing_needs_neither_triton_nor_flash_attn() -> None:
     code = (
-        "import sys, specdec.attention.triton, specdec.attention.flash, specdec.attention.choose, specdec.generate;"
-        "sys.exit(any(name.split('.')[0] in ('triton', 'flash_attn') for name in sys.modules))"
+        "import sys; sys.modules.update(triton=None, flash_attn=None);"  # importing them fails
+        "import specdec.attention.triton, specdec.attention.flash, specdec.attention.choose, specdec.generate"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
