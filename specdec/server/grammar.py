@@ -125,9 +125,10 @@ class TreeGrammar:
         """Fill in a subtree; the matcher stands behind `node`, before and after."""
         allowed[node] = self._mask()
         for child in children[node]:
-            if allowed[node, tokens[child]] and self.matcher.try_consume_tokens([tokens[child]]) == 1:
+            if allowed[node, tokens[child]]:
+                read = self.matcher.try_consume_tokens([tokens[child]])  # 0 behind the end, see `accept`
                 self._descend(child, tokens, children, allowed)
-                self.matcher.rollback(1)
+                self.matcher.rollback(read)
 
     def _mask(self) -> Tensor:
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)

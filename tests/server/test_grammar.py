@@ -71,7 +71,10 @@ def test_a_complete_answer_only_ends(grammars: Grammars, decoder: SpecDecoder) -
     grammar.accept(decoder.tokenizer.encode('{"a":true}', add_special_tokens=False))
     end = decoder.engine.target.info.stop_ids
     assert grammar.allowed(root_only(torch.tensor([0])), 0)[0].nonzero()[:, 0].tolist() == list(end)
-    grammar.accept(list(end))
+    for _ in range(2):  # ... and ends for good: `ignore_eos` goes on after it, with and without a tree
+        chain = build(torch.tensor([[9, *end, *end]]), torch.tensor([[0, 0, 1]]))
+        assert [row.nonzero()[:, 0].tolist() for row in grammar.allowed(chain, 0)] == [list(end)] * 3
+        grammar.accept(list(end))
 
 
 def test_forks_go_their_own_way(grammars: Grammars, decoder: SpecDecoder) -> None:
