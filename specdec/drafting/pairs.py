@@ -97,6 +97,12 @@ class Pairs:
         """What a round changes, by slot; the cache's rows beyond the committed ones aside."""
         return [self.features, self.tokens, self.counts, self.drafter.last]
 
+    def wipe(self, slot: int) -> None:
+        """Zero what a failed request left: the head reads a round's features before anybody knows that they are NaN,
+        and in rows that a mask hides they would still spoil sums."""
+        self.features[slot].zero_()
+        self.drafter.cache.kv[:, :, slot].zero_()
+
     def hand_back(self, slot: int, length: int, waiting: int) -> None:
         """Move the `waiting` pairs of a slot of `length` committed tokens to the drafter's lane."""
         lane = self.drafter.lanes[slot]

@@ -273,6 +273,8 @@ class Engine:
         self.prefill.release(request)
         if request.finish == "error":
             self.prefill.wipe(request.slot)
+            if self.pipeline is not None:
+                self.pipeline.wipe(request.slot)
         self.drafter.release(request.slot)
         del self.active[request.slot]
 

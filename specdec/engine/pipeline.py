@@ -187,6 +187,11 @@ class Pipeline:
         if not pairs.drafter.pending(slot):
             pairs.drafter.lanes[slot].rows = seat.length - seat.waiting
 
+    def wipe(self, slot: int) -> None:
+        """Zero what a failed request left with the head, which read it before anybody knew."""
+        if self._program.pairs is not None:
+            self._program.pairs.wipe(slot)
+
     def hand_back(self) -> None:
         """Return everyone to the drafter, for rounds that the host takes part in. Nothing may be in flight."""
         assert not self.flights

@@ -359,6 +359,25 @@ def test_logits_that_are_not_numbers_fail_one_request_alone(target_of: Targets, 
     assert requests[2].output == wanted[2][: len(requests[2].output)]
 
 
+def test_a_failed_request_leaves_the_head_nothing(target_of: Targets, plain: Callable) -> None:
+    """The round in flight when its logits are found to be no numbers reads its features."""
+    target, wanted = target_of("llama"), plain("llama")
+    machine, eager = _speculating(target, wanted), engines.engine(target, _head(target, wanted), WIDE)
+    failing = _requests()[2]
+    machine.add(failing)
+    while len(failing.output) < 3:
+        machine.step()
+    machine.cache.kv[:, :, failing.slot] = torch.nan
+    engines.run(machine, [])
+    assert failing.finish == "error"
+    accepted = []
+    for one in (machine, eager):
+        engines.run(one, ours := _requests()[:3])
+        assert [r.output for r in ours] == wanted[:3]
+        accepted.append([r.counters.accepted for r in ours])
+    assert accepted[0] == accepted[1], "the head saw something else"
+
+
 class _Refusing(Replaying):
     """Like a driver that gives up at the second program, having run the work once."""
 
