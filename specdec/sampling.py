@@ -261,7 +261,8 @@ def _nucleus_edge(logits: Tensor, top_p: Tensor) -> Tensor:
 
     A token stays while the mass before it is below top_p, so the likeliest always stays. Ties stay too.
     """
-    total = logits.logsumexp(dim=-1, keepdim=True)
+    # not logsumexp, which threads share where there is one row alone: a tree's sums would differ from plain decoding's
+    total = logits.amax(dim=-1, keepdim=True) - logits.log_softmax(dim=-1).amax(dim=-1, keepdim=True)
     head = min(NUCLEUS_HEAD, logits.shape[-1])
     while True:
         values = logits.topk(head, dim=-1).values

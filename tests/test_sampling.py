@@ -199,6 +199,23 @@ class TestTruncation:
         for value, stays in zip(probs.tolist(), kept, strict=True):
             assert stays == (value >= edge * (1 - 1e-9))
 
+    def test_a_nucleus_does_not_depend_on_the_rows_beside(self) -> None:
+        """A row alone is summed by several threads; here `top_p` falls where the order of summation decides."""
+        threads, tree = torch.get_num_threads(), trees.chain(torch.tensor([[0, 0]]))
+        rows = 3 * torch.randn(40, 49152, generator=torch.Generator().manual_seed(0))
+        torch.set_num_threads(2)
+        try:
+            for row, beside in zip(rows, rows.logsumexp(dim=-1), strict=True):
+                sums = row.logsumexp(dim=-1), beside
+                mass = [(row.topk(64).values - total).exp().cumsum(dim=-1) for total in sums]
+                for top_p in torch.maximum(*mass)[mass[0] != mass[1]].tolist()[:3]:
+                    settings = batch(Sampling(temperature=1, top_p=top_p), vocab=49152)
+                    alone, together = (row.expand(1, n, -1) for n in (1, 2))
+                    alone, together = process(alone, roots(1), settings), process(together, tree, settings)
+                    assert torch.equal(alone[0, 0], together[0, 1])
+        finally:
+            torch.set_num_threads(threads)
+
     @settings(deadline=None, max_examples=60)
     @given(logit_rows, st.floats(0.01, 0.99))
     def test_min_p(self, row: list[float], min_p: float) -> None:
