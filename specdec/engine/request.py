@@ -179,9 +179,10 @@ class Request:
         texts = []
         for token in tokens:
             self.output.append(token)
-            if token in self.stop_ids or (self.text is not None and self.text.push(token)):
+            last = len(self.output) >= self.sampling.max_tokens
+            if token in self.stop_ids or (self.text is not None and self.text.push(token, last=last)):
                 self.finish = "stop"
-            elif len(self.output) >= self.sampling.max_tokens:
+            elif last:
                 self.finish = "length"
             texts.append(self.release())
             if self.finish:

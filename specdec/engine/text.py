@@ -31,13 +31,18 @@ class TextStream:
     _read: int = 0
     _released: int = 0
 
-    def push(self, token: int) -> bool:
-        """Add a token; True when a stop string is complete, and then `text` ends before it."""
+    def push(self, token: int, *, last: bool = False) -> bool:
+        """Add a token, after which no other comes if it is the `last`; True when a stop string is complete, and then
+        `text` ends before it."""
         self.ids.append(token)
-        known = self.decode(self.ids[self._start : self._read])
         now = self.decode(self.ids[self._start :])
-        if now.endswith(BROKEN) and len(self.ids) - self._read < WAIT:
+        if now.endswith(BROKEN) and len(self.ids) - self._read < WAIT and not last:
             return False
+        return self._take(now)
+
+    def _take(self, now: str) -> bool:
+        """Add what the tokens since `_start` say beyond what was read of them; True when a stop string is complete."""
+        known = self.decode(self.ids[self._start : self._read])
         searched = len(self.text)
         self.text += now[len(known) :]
         if len(now) > len(known):
@@ -57,9 +62,7 @@ class TextStream:
     def release(self, *, final: bool = False) -> str:
         """Text that became certain since the last call; everything when `final`."""
         if final and self._read < len(self.ids):
-            known = self.decode(self.ids[self._start : self._read])
-            self.text += self.decode(self.ids[self._start :])[len(known) :]
-            self._read = len(self.ids)
+            self._take(self.decode(self.ids[self._start :]))
         end = len(self.text) if final else len(self.text) - self._held()
         piece = self.text[self._released : end]
         self._released = max(self._released, end)

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdec.engine.request import Request
 from specdec.engine.text import TextStream
+from specdec.sampling import Sampling
 
 
 def _bytes(ids: Sequence[int]) -> str:
@@ -59,6 +61,17 @@ def test_a_stop_string_is_found_across_tokens_and_cut() -> None:
     pieces, stopped = _feed(stream, b"one\ntwo ENtail END more")
     assert stopped
     assert stream.text == "".join(pieces) == "one\ntwo ENtail "
+
+
+@pytest.mark.parametrize("by", ["length", "end of sequence"])
+def test_a_stop_string_beside_half_a_character_is_cut_when_the_answer_ends_there(by: str) -> None:
+    """Byte-level tokenizers have tokens of a space and the first bytes of a character."""
+    vocabulary = [b"a", b" \xe2\x80", b""]
+    text = TextStream(lambda ids: b"".join(vocabulary[i] for i in ids).decode(errors="replace"), (" ",))
+    tokens = (0, 1, 2) if by == "end of sequence" else (0, 1)
+    request = Request("r", (1,), Sampling(max_tokens=len(tokens)), frozenset({2}), text=text)
+    assert "".join(request.emit(tokens)) == text.text == "a"
+    assert request.finish == "stop"
 
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
