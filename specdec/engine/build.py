@@ -186,7 +186,8 @@ def _measured(engine: Engine, recording: Recording | None) -> Budget:
 
 def parse_tree(text: str) -> Shape | None:
     """ "auto", "depth/top-k/nodes" such as 7/10/60, or "sampled/depth" for chains drawn from the draft distribution
-    and block-verified. Raises SpecdecError otherwise."""
+    and block-verified (a seeded answer is then not the one of plain decoding, but a draw of the same law). Raises
+    SpecdecError otherwise."""
     if text == "auto":
         return None
     kind, _, length = text.partition("/")
