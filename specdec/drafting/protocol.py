@@ -20,7 +20,8 @@ class Shape:
     """The largest tree a round may use, and what a node and a level must promise to be worth their time.
 
     Attributes:
-        depth: longest path in edges; 0 is plain decoding.
+        depth: longest path in edges; 0 is plain decoding. A head stops after 64 // width + 1 levels: each row it has
+            read for a tree is a bit of one word.
         width: children considered per node (EAGLE's top-k).
         nodes: N, the root included.
         node_floor: a node whose path probability is below is not verified.

@@ -37,7 +37,8 @@ from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
 
 DEFAULT_TREE = Shape(depth=7, width=10, nodes=60)
-"""EAGLE-2's tree: what heads are compared on, and the default on a GPU."""
+"""EAGLE-2's growth, top-k and nodes, one level short of its released code: what heads are compared on, and the default
+on a GPU. The rows that an eighth level takes do not fit one word."""
 
 CPU_LIMIT = Shape(depth=16, width=6, nodes=32)
 """The largest tree the measured budget may choose on a CPU, where nodes cost arithmetic. So deep only lookups go."""
