@@ -5,15 +5,17 @@ Knows the wire format alone. Ranges that `Sampling` checks are left to it: one r
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from specdec.unicode import lone_surrogate
 
 MAX_CHOICES = 128  # OpenAI's bound on n
 MAX_STOPS, LONGEST_STOP = 4, 512
 MAX_TOP_LOGPROBS = 20
+MOST_NAMES = 1024  # in one JSON object: far more than fields; as many tokens as a logit_bias may name
 
 
 def _encodable(text: str) -> str:
@@ -21,6 +23,13 @@ def _encodable(text: str) -> str:
     if lone_surrogate(text) is not None:
         raise ValueError("is not valid Unicode (a lone surrogate)")
     return text
+
+
+def _few(value: Any) -> Any:
+    """Every unknown name is a complaint of its own, and a body holds a million of them."""
+    if isinstance(value, dict) and len(value) > MOST_NAMES:
+        raise PydanticCustomError("too_many_names", f"has more than {MOST_NAMES} names")
+    return value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -41,12 +50,16 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]  # a body holds millions of items: one complaint is enough
 
 
 class Strict(BaseModel):
     """No unknown fields, no silent conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    _few_names = model_validator(mode="before")(_few)
 
 
 class StreamOptions(Strict):
@@ -93,7 +106,7 @@ class Generation(Strict):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(_few)] | None = None
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stops | None = None
@@ -137,7 +150,7 @@ class Message(Strict):
     """A turn. What clients send back of an answer, fields that say "none" included, must be taken as history."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Many[TextPart]
     name: Text | None = None
     refusal: Annotated[None, neutral()] = None
     annotations: Annotated[None, neutral([])] = None
@@ -154,7 +167,7 @@ class Message(Strict):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[None, neutral([])] = None
@@ -182,7 +195,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions. `prompt`: text, texts, token ids, or lists of token ids."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | Many[Text] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: int | None = None
@@ -208,7 +221,7 @@ class TokenizeRequest(Strict):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = None
+    messages: Many[Message] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -223,4 +236,4 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: Text | None = None
-    tokens: list[int]
+    tokens: Many[int]
