@@ -104,6 +104,8 @@ def install(app: FastAPI) -> None:
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.__cause__ is not None:  # all that FastAPI says then is "There was an error parsing the body"
+            return _unreadable(error.__cause__).response()
         code = HTTPStatus(error.status_code).name.lower()
         answer = ApiError(error.status_code, str(error.detail), code=code).response()
         answer.headers.update(error.headers or {})
@@ -120,6 +122,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, bug)
+
+
+def _unreadable(cause: BaseException) -> ApiError:
+    """A body that the JSON parser gave up on: no UTF-8, a number of thousands of digits, brackets without end."""
+    told = "it is nested too deep" if isinstance(cause, RecursionError) else str(cause).partition(";")[0]
+    return ApiError(400, f"the body is not JSON that can be read: {told}", code="invalid_json")
 
 
 def of_validation(errors: Sequence[Any], kind: str = "application/json") -> ApiError:

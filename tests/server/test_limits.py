@@ -74,8 +74,22 @@ def test_malformed_bodies_are_400(tight: Live, body: str) -> None:
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_bodies_that_are_no_utf8_or_no_json_type(tight: Live) -> None:
-    assert tight.web.post("/tokenize", content=b'{"prompt": "\xff\xfe"}', headers=JSON).status_code == 400
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"prompt": "\xff\xfe"}', "can't decode byte 0xff in position 12"),
+        (b"[" * 2000, "nested too deep"),
+        (b'{"prompt": [%s]}' % (b"9" * 5000), "Exceeds the limit (4300 digits)"),
+    ],
+)
+def test_json_that_the_parser_gives_up_on_is_told_why(live: Live, body: bytes, why: str) -> None:
+    answer = live.web.post("/tokenize", content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_json"
+    assert why in answer.json()["error"]["message"]
+
+
+def test_bodies_of_no_json_type(tight: Live) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # the second is what curl -d sends
         plain = tight.web.post("/tokenize", content='{"prompt": "x"}', headers={"Content-Type": kind})
         assert plain.status_code == 400
