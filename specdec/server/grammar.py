@@ -70,7 +70,12 @@ class Grammars:
         if not self.stop_ids:
             raise RequestError("needs a target with an end-of-sequence token", field="response_format")
         schema = ANY_OBJECT if wish.json_schema is None else wish.json_schema.schema_
-        return TreeGrammar(self._matcher(schema), self.vocabulary.size)
+        grammar = TreeGrammar(self._matcher(schema), self.vocabulary.size)
+        try:
+            grammar.fork().begin()
+        except ValueError as error:
+            raise _refused(str(error)) from None
+        return grammar
 
     def _matcher(self, schema: dict[str, Any]) -> LLMatcher:
         try:
@@ -81,14 +86,23 @@ class Grammars:
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if failed or matcher.is_error():
-            raise _refused(messages[0] if failed else matcher.get_error())
+            raise _refused(messages[0] if failed else _told(matcher))
         return matcher
 
 
 def _refused(why: str) -> RequestError:
-    return RequestError(
-        f"cannot be enforced: {why.strip().splitlines()[0]}", field="response_format.json_schema"
-    )
+    return RequestError(f"cannot be enforced: {_in_a_line(why)}", field="response_format.json_schema")
+
+
+def _told(matcher: LLMatcher) -> str:
+    """What went wrong."""
+    told = _in_a_line(matcher.get_error())
+    return "no text satisfies it" if told == "NoExtensionBias" else told
+
+
+def _in_a_line(told: str) -> str:
+    """llguidance's message without its whole state behind it."""
+    return " ".join(told.partition("<state>")[0].split())
 
 
 class TreeGrammar:
@@ -105,6 +119,14 @@ class TreeGrammar:
     def fork(self) -> TreeGrammar:
         """An independent copy at the same place."""
         return TreeGrammar(self.matcher.deep_copy(), self.vocab)
+
+    def begin(self) -> None:
+        """Take a first token: whether one can be, and how long a large expression takes, only shows then.
+
+        Raises:
+            ValueError: none can be.
+        """
+        self.accept(self._mask().nonzero()[:1, 0].tolist())
 
     def allowed(self, tree: DraftTree, row: int) -> Tensor:
         """bool [N, V]: tokens permitted after each node of tree `row`.
@@ -133,7 +155,7 @@ class TreeGrammar:
     def _mask(self) -> Tensor:
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         if self.matcher.is_error():
-            raise ValueError(f"the grammar failed: {self.matcher.get_error()}")
+            raise ValueError(f"the grammar failed: {_told(self.matcher)}")
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocab].astype(np.bool_))
 
     def accept(self, tokens: Sequence[int]) -> None:
@@ -142,4 +164,4 @@ class TreeGrammar:
             if self.matcher.is_stopped() and not self.matcher.is_error():
                 return  # complete: what follows is the end of the answer, which the matcher does not read
             if not self.matcher.consume_token(token):
-                raise ValueError(f"the grammar refused an emitted token: {self.matcher.get_error()}")
+                raise ValueError(f"the grammar refused an emitted token: {_told(self.matcher)}")
