@@ -17,13 +17,11 @@ from fastapi.responses import JSONResponse
 from specdec.engine.logprobs import TokenLogprob
 from specdec.server.acceptance import acceptance, usage
 from specdec.server.calls import Call
-from specdec.server.disconnect import ClientGone, race
+from specdec.server.disconnect import race
 from specdec.server.events import Event
 from specdec.server.schema import Generation, StreamOptions
 from specdec.server.sse import KEEP_ALIVE, EventStream, event
 from specdec.server.state import ServerState
-
-CLIENT_CLOSED = 499  # nginx's status for answers that nobody hears; only logs see it
 
 
 @dataclass(slots=True)
@@ -103,10 +101,7 @@ class Reply:
         """The HTTP response the client asked for."""
         if self.asked.stream:
             return EventStream(self.chunks())
-        try:
-            return JSONResponse(await race(http, self.body()))
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED)
+        return JSONResponse(await race(http, self.body()))
 
     async def body(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError when a sequence failed."""

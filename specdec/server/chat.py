@@ -54,8 +54,8 @@ def routes(state: ServerState) -> APIRouter:
         state.check_model(asked.model)
         wishes.check_grammar(asked)
         with state.arriving(asked.choices) as deadline:
-            grammar = await state.read(deadline, state.grammars.compile, asked.response_format)
-            prompt = await state.read(deadline, state.reader.messages, asked.messages)
+            grammar = await state.read(http, deadline, state.grammars.compile, asked.response_format)
+            prompt = await state.read(http, deadline, state.reader.messages, asked.messages)
         limit = wishes.max_tokens_of(asked, state.length, len(prompt), None)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = wishes.sampling_of(asked, logprobs, limit)

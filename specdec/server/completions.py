@@ -122,8 +122,8 @@ def routes(state: ServerState) -> APIRouter:
         state.check_model(asked.model)
         wishes.check_grammar(asked)
         with state.arriving(asked.choices * max(len(asked.prompts()), 1)) as deadline:
-            grammar = await state.read(deadline, state.grammars.compile, asked.response_format)
-            prompts = await state.read(deadline, read_prompts, state, asked)
+            grammar = await state.read(http, deadline, state.grammars.compile, asked.response_format)
+            prompts = await state.read(http, deadline, read_prompts, state, asked)
         limits = _limits(state, asked, prompts)
         wish = wishes.Wish(
             wishes.new_id("cmpl"),

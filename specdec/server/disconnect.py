@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from fastapi import Request
 
+from specdec.server.errors import ApiError
+
 T = TypeVar("T")
+CLIENT_CLOSED = 499  # nginx's status for answers that nobody hears
 
 
-class ClientGone(Exception):
-    """The client hung up; nobody reads the answer."""
+async def race(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`; as soon as the connection ends, `work` is cancelled.
 
-
-async def race(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or ClientGone as soon as the connection ends; `work` is cancelled then."""
+    Raises:
+        ApiError: 499, which nobody hears: the client hung up.
+    """
     doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
             return doing.result()
-        raise ClientGone
+        raise ApiError(CLIENT_CLOSED, "the client hung up", code="client_closed")
     finally:
         for task in (doing, leaving):
             task.cancel()

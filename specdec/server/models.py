@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from specdec import __version__
 from specdec.errors import RequestError
@@ -66,23 +66,23 @@ def token_routes(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
-    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(asked: TokenizeRequest, http: Request) -> dict[str, Any]:
         """Ids of a prompt or a conversation."""
         state.check_model(asked.model)
         with state.arriving(1) as deadline:
-            ids = await state.read(deadline, _encode, state, asked)
+            ids = await state.read(http, deadline, _encode, state, asked)
         strings = [state.vocabulary.text(token) for token in ids] if asked.return_token_strs else None
         return {"count": len(ids), "max_model_len": state.length, "tokens": ids, "token_strs": strings}
 
     @router.post("/detokenize")
-    async def detokenize(asked: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(asked: DetokenizeRequest, http: Request) -> dict[str, Any]:
         """Text of ids, control tokens included."""
         state.check_model(asked.model)
         size = state.vocabulary.size
         if not all(0 <= token < size for token in asked.tokens):
             raise RequestError("holds ids outside the vocabulary", field="tokens", allowed=f"0 to {size - 1}")
         with state.arriving(1) as deadline:
-            return {"prompt": await state.read(deadline, _decode, state, asked.tokens)}
+            return {"prompt": await state.read(http, deadline, _decode, state, asked.tokens)}
 
     return router
 

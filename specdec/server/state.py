@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from fastapi import Request as HttpRequest
+
 from specdec.engine.request import Request
 from specdec.engine.worker import EngineWorker
 from specdec.errors import RequestError, SpecdecError
 from specdec.generate import SpecDecoder
 from specdec.server.calls import Call
 from specdec.server.deadline import Deadline
+from specdec.server.disconnect import race
 from specdec.server.errors import ApiError
 from specdec.server.grammar import Grammars
 from specdec.server.limits import ServerLimits
@@ -81,12 +84,15 @@ class ServerState:
         finally:
             self.inside -= sequences
 
-    async def read(self, deadline: Deadline, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run tokenizer or grammar work off the event loop, one after another. Raises ApiError 504: too late."""
+    async def read(
+        self, http: HttpRequest, deadline: Deadline, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run tokenizer or grammar work off the event loop, one after another. Raises ApiError: 504 when it is too
+        late; as `race` when the client leaves: what has not begun then never does."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(deadline.left):
-                return await loop.run_in_executor(self._thread, partial(work, *args, **kwargs))
+                return await race(http, loop.run_in_executor(self._thread, partial(work, *args, **kwargs)))
         except TimeoutError:
             raise deadline.missed() from None
 

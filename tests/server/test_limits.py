@@ -238,6 +238,21 @@ def test_reading_counts_towards_time_and_queue(serve: Callable[..., AbstractCont
             assert live.web.post(path, json=body).status_code == 200
 
 
+def test_who_hangs_up_while_being_read_is_forgotten(live: Live) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    turn = {"messages": [{"role": "user", "content": "abc"}]}
+    asked = [("/v1/completions", {"prompt": "abc", "stream": True}), ("/v1/completions", {"prompt": "abc"}),
+             ("/v1/chat/completions", turn), ("/tokenize", turn), ("/detokenize", {"tokens": [4]})]  # fmt: skip
+    for path, body in asked:
+        text = json.dumps(body)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+        with held(live):
+            with socket.create_connection((host, int(port))) as line:
+                line.sendall(f"{head}\r\n\r\n{text}".encode())
+                assert until(lambda: live.state.inside == 1)
+            assert until(lambda: live.state.inside == 0, 2)
+
+
 def test_the_key_guards_v1_alone(tight: Live) -> None:
     for path in ("/v1/models", "/v1/nowhere"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"},
