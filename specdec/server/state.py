@@ -120,12 +120,8 @@ class ServerState:
             raise ApiError(429, "the queue is full; try again later", code="queue_full", retry_after=wait)
 
     def start(self, requests: Sequence[Request], deadline: Deadline, *, stream: bool = False) -> Call:
-        """Queue the sequences of one HTTP request; `stream` when its tokens are sent as they come.
-
-        Raises:
-            ApiError: 400 when one can never be served; as `check_room` when there is no room.
-        """
-        self.check_room(len(requests))
+        """Queue the sequences of one HTTP request, for which there was room on arrival; `stream` when its tokens are
+        sent as they come. Raises ApiError: 400 when one can never be served, 503 when the engine has stopped."""
         evenly = stream and not self.burst
         call = Call(requests, self.worker, self.metrics, self._closed, deadline, evenly)
         before = self.inside

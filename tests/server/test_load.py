@@ -138,6 +138,17 @@ def test_sigterm_lets_running_requests_finish(decoder: SpecDecoder) -> None:
             live.web.get("/health")
 
 
+def test_sigterm_lets_requests_that_are_being_read_finish(decoder: SpecDecoder) -> None:
+    with running(decoder, Setup(slots=1)) as live, ThreadPoolExecutor(1) as pool:
+        gate = threading.Event()
+        live.state._thread.submit(gate.wait)
+        read = pool.submit(complete, live, PROMPT)
+        assert until(lambda: live.state.inside == 1)
+        live.server.handle_exit(15, None)
+        gate.set()
+        assert read.result().status_code == 200
+
+
 def test_too_slow_a_drain_is_cut(decoder: SpecDecoder) -> None:
     setup = Setup(slots=1, limits=ServerLimits(drain_seconds=1), trouble=Trouble(delay=0.05))
     with running(decoder, setup) as live, ThreadPoolExecutor(1) as pool:
