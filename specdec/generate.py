@@ -266,7 +266,12 @@ def _emptied(mail: Sequence[deque[Piece]]) -> Iterator[Piece]:
 
 
 def render(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, ...]:
-    """Token ids of a conversation that awaits its answer.
+    """Token ids of a conversation that awaits its answer. Raises as `rendered`."""
+    return tuple(loaded.tokenizer.encode(rendered(loaded, messages), add_special_tokens=False))
+
+
+def rendered(loaded: LoadedTarget, messages: list[dict[str, str]]) -> str:
+    """Text of a conversation that awaits its answer, control tokens spelled out.
 
     Raises:
         RequestError: there is no chat template, or it does not take them; a text is none.
@@ -277,12 +282,9 @@ def render(loaded: LoadedTarget, messages: list[dict[str, str]]) -> tuple[int, .
     for message in messages:
         _check_text(str(message.get("content", "")))
     try:
-        rendered = loaded.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return str(loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # templates raise what they like about roles they do not know
         raise RequestError(f"do not fit the chat template: {error}", field="messages") from error
-    return tuple(rendered)
 
 
 def _check_text(text: str) -> None:

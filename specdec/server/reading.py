@@ -8,11 +8,10 @@ from __future__ import annotations
 from functools import cached_property
 
 from specdec.errors import RequestError
-from specdec.generate import SpecDecoder
+from specdec.generate import SpecDecoder, rendered
 from specdec.server.schema import Message
 from specdec.target.vocabulary import Vocabulary
 
-WIDEST = 4  # bytes of a character in UTF-8
 SLACK = 4  # for tokenizers that rewrite text first: composing Unicode shortens it by three at most
 
 
@@ -38,32 +37,20 @@ class Reader:
 
     def text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Ids of a text; `special`: with what the tokenizer puts before or behind it. Raises RequestError."""
-        self._check_size(text, "prompt")
-        return tuple(self.decoder.tokenizer.encode(text, add_special_tokens=special))
+        return self._ids(text, "prompt", special=special)
 
     def messages(self, messages: list[Message]) -> tuple[int, ...]:
         """Ids of a conversation. Raises RequestError when it is too long or the template does not take it."""
         if not self.decoder.tokenizer.chat_template:
             raise RequestError("need a chat template, which this model lacks", field="messages",
                                remedy="Use /v1/completions.")  # fmt: skip
-        plain = [message.plain() for message in messages]
-        if sum(len(one["content"]) for one in plain) > self.most_bytes // WIDEST:
-            self._check_size(self._rendered(plain), "messages")
-        return self.decoder.encode(plain)
+        # the text's size counts, not the messages': a template may leave out thoughts of earlier turns
+        text = rendered(self.decoder.loaded, [message.plain() for message in messages])
+        return self._ids(text, "messages", special=False)
 
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        """The text itself: a template may leave out much of long messages, such as thoughts of earlier turns."""
-        try:
-            return str(
-                self.decoder.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False
-                )
-            )
-        except Exception as error:  # templates raise what they like about roles they do not know
-            raise RequestError(f"do not fit the chat template: {error}", field="messages") from None
-
-    def _check_size(self, text: str, field: str) -> None:
+    def _ids(self, text: str, field: str, *, special: bool) -> tuple[int, ...]:
         size = len(text.encode())
         if size > self.most_bytes:
             raise RequestError("is longer than the context", field=field, value=f"{size} bytes",
                                allowed=f"at most {self.length - 1} tokens")  # fmt: skip
+        return tuple(self.decoder.tokenizer.encode(text, add_special_tokens=special))

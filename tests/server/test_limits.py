@@ -214,6 +214,18 @@ def test_what_a_template_leaves_out_does_not_count(decoder: SpecDecoder) -> None
         reader.messages([Message(role="user", content="hi" + thought[:-1])])
 
 
+def test_a_long_conversation_is_rendered_once(decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(decoder, Vocabulary(decoder.tokenizer, decoder.engine.target.info.vocab))
+    turns = [Message(role="user", content="x" * (reader.most_bytes // 2))]
+    same = decoder.encode([turn.plain() for turn in turns])
+    render, calls = decoder.tokenizer.apply_chat_template, []
+    monkeypatch.setattr(
+        decoder.tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or render(*a, **k)
+    )
+    assert reader.messages(turns) == same
+    assert len(calls) == 1
+
+
 def test_a_tokenizer_that_rewrites_text_gets_slack(decoder: SpecDecoder) -> None:
     tokenizer, vocab = copy.deepcopy(decoder.tokenizer), decoder.engine.target.info.vocab
     strict = Reader(decoder, Vocabulary(tokenizer, vocab)).most_bytes
