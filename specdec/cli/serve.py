@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     bound_kernel_caches()
     try:
         from specdec.server.limits import ServerLimits
-        from specdec.server.listen import bind, make_server
+        from specdec.server.listen import bind, listen, make_server
         from specdec.server.state import ServerState
     except ModuleNotFoundError as error:
         raise UnsupportedError(
@@ -85,14 +85,13 @@ def run(args: argparse.Namespace) -> int:
         decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target
         state = ServerState(decoder, name, limits, api_key=args.api_key or None, burst=args.burst)
-        host, port = listener.getsockname()[:2]
         engine = decoder.engine
-        listener.listen()  # whoever reads the address below and comes at once waits instead of being refused
+        address = listen(listener)  # whoever reads it and comes at once waits instead of being refused
         print(  # noqa: T201 - the face speaks here
             f"{name} on {engine.target.info.device}, drafter {engine.drafter.name}, {engine.limits.slots} slots of "
-            f"{engine.limits.length} tokens: http://{host}:{port}",
+            f"{engine.limits.length} tokens: {address}",
             file=sys.stderr,
             flush=True,
         )
-        make_server(state, args.host, port).run(sockets=[listener])
+        make_server(state, args.host, args.port).run(sockets=[listener])
     return 0 if state.worker.failure is None else 1

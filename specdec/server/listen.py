@@ -99,6 +99,20 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise SpecdecError(f"cannot listen: {error}", field="port", value=f"{host}:{port}",
-                           remedy="Choose another with --port.") from None  # fmt: skip
+        raise _taken(error, host, port) from None
     return listener
+
+
+def listen(listener: socket.socket) -> str:
+    """Let connections in; returns the URL. Raises SpecdecError: of two bound to one port, the other was first."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen()
+    except OSError as error:
+        raise _taken(error, host, port) from None
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _taken(error: Exception, host: str, port: int) -> SpecdecError:
+    return SpecdecError(f"cannot listen: {error}", field="port", value=f"{host}:{port}",
+                        remedy="Choose another with --port.")  # fmt: skip

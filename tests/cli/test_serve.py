@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from specdec.cli.main import main, parser
+from specdec.errors import SpecdecError
 
 OPTIONS = {
     "target", "dtype", "device", "max_length", "backend", "draft", "tree", "taps", "host", "port", "plain", "slots",
@@ -36,6 +37,27 @@ def test_a_taken_port_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> Non
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen" in capsys.readouterr().err
+
+
+def test_of_two_servers_on_one_port_the_second_is_told() -> None:
+    """Both may be bound to it, while they load their models."""
+    listening = pytest.importorskip("specdec.server.listen", reason="needs the extra serve")
+    with listening.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with listening.bind("127.0.0.1", port) as second:
+            assert listening.listen(first) == f"http://127.0.0.1:{port}"
+            with pytest.raises(SpecdecError, match=r"cannot listen: .*in use"):
+                listening.listen(second)
+
+
+def test_an_address_of_ipv6_can_be_asked() -> None:
+    listening = pytest.importorskip("specdec.server.listen", reason="needs the extra serve")
+    try:
+        listener = listening.bind("::1", 0)
+    except SpecdecError:
+        pytest.skip("needs IPv6")
+    with listener:
+        assert listening.listen(listener) == f"http://[::1]:{listener.getsockname()[1]}"
 
 
 @pytest.mark.parametrize(
