@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue", type=int, default=256, help="requests that may wait beyond them (default: 256)"
     )
-    parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help="ask for this key under /v1/")
+    key = os.environ.get(KEY_VARIABLE, "").strip() or None
+    parser.add_argument("--api-key", default=key, type=str.strip, help="ask for this key under /v1/")
     parser.add_argument(
         "--burst",
         action="store_true",
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.slots is not None and args.slots < 1:
         raise SpecdecError("is out of range", field="slots", value=args.slots, allowed="1 or more")
+    if args.api_key == "":
+        raise SpecdecError("is empty, which would let everyone in", field="api_key",
+                           remedy="Leave --api-key out to ask for none.")  # fmt: skip
     limits = ServerLimits(
         queue=args.queue, request_seconds=args.request_timeout, drain_seconds=args.drain_timeout
     )
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         draft = "none" if args.plain else args.draft
         decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target
-        state = ServerState(decoder, name, limits, api_key=args.api_key or None, burst=args.burst)
+        state = ServerState(decoder, name, limits, api_key=args.api_key, burst=args.burst)
         engine = decoder.engine
         address = listen(listener)  # whoever reads it and comes at once waits instead of being refused
         print(  # noqa: T201 - the face speaks here

@@ -30,6 +30,15 @@ def test_options() -> None:
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_API_KEY", "sesame")
     assert parser("serve").parse_args(["serve"]).api_key == "sesame"
+    monkeypatch.setenv("SPECDEC_API_KEY", "")
+    assert parser("serve").parse_args(["serve"]).api_key is None
+
+
+def test_a_key_has_no_space_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP takes it from headers: a key with a line's end could never be sent."""
+    assert parser("serve").parse_args(["serve", "--api-key", " sesame\r"]).api_key == "sesame"
+    monkeypatch.setenv("SPECDEC_API_KEY", "sesame\r")
+    assert parser("serve").parse_args(["serve"]).api_key == "sesame"
 
 
 def test_a_taken_port_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +70,14 @@ def test_an_address_of_ipv6_can_be_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--queue", "-1"), ("--request-timeout", "0"), ("--port", "99999"), ("--slots", "0")]
+    ("flag", "value"),
+    [
+        ("--queue", "-1"),
+        ("--request-timeout", "0"),
+        ("--port", "99999"),
+        ("--slots", "0"),
+        ("--api-key", " "),
+    ],
 )
 def test_wrong_values_are_told(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fastapi", reason="needs the extra serve")
