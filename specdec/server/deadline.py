@@ -10,15 +10,15 @@ from specdec.server.errors import ApiError
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """So many seconds from now."""
+    """So many seconds from `arrived` on, now by the clock of `time.perf_counter`, as a request's own is."""
 
     seconds: float
-    _began: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.perf_counter)
 
     @property
     def left(self) -> float:
         """Seconds; 0 when the time is over."""
-        return max(self._began + self.seconds - time.monotonic(), 0.0)
+        return max(self.arrived + self.seconds - time.perf_counter(), 0.0)
 
     def missed(self) -> ApiError:
         """What the client is told then."""

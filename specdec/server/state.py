@@ -122,6 +122,8 @@ class ServerState:
     def start(self, requests: Sequence[Request], deadline: Deadline, *, stream: bool = False) -> Call:
         """Queue the sequences of one HTTP request, for which there was room on arrival; `stream` when its tokens are
         sent as they come. Raises ApiError: 400 when one can never be served, 503 when the engine has stopped."""
+        for request in requests:
+            request.arrived = deadline.arrived
         evenly = stream and not self.burst
         call = Call(requests, self.worker, self.metrics, self._closed, deadline, evenly)
         before = self.inside

@@ -5,7 +5,6 @@ Knows schema and engine, nothing of answers.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -126,13 +125,11 @@ def requests_of(
     state: ServerState, wish: Wish, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]
 ) -> list[Request]:
     """The engine's requests, `choices` for each prompt and its limit, in the order of the answer's choices."""
-    now = time.perf_counter()
     out: list[Request] = []
     for prompt, limit in zip(prompts, limits, strict=True):
         limited = replace(wish, sampling=replace(wish.sampling, max_tokens=limit))
         for choice in range(wish.choices):
             out.append(_request(state, limited, prompt, choice, len(out)))
-            out[-1].arrived = now
     return out
 
 

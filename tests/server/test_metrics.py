@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -94,6 +95,18 @@ def test_figures_agree_with_the_answers(
     assert found["specdec:tau"] == pytest.approx(
         found["specdec:round_tokens_total"] / found["specdec:rounds_total"]
     )
+
+
+def test_the_first_token_is_awaited_from_arrival_on(
+    serve: Callable[..., AbstractContextManager[Live]],
+) -> None:
+    """A prompt may wait long for the tokenizer before it is a request of the engine."""
+    with serve(slots=1) as live:
+        live.state._thread.submit(time.sleep, 0.4)
+        live.web.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2})
+        found = scrape(live)
+    assert found["vllm:time_to_first_token_seconds_sum"] > 0.3
+    assert found["vllm:e2e_request_latency_seconds_sum"] > 0.3
 
 
 def test_rounds_that_land_together_are_counted_each(live: Live) -> None:
