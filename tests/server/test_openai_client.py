@@ -211,8 +211,11 @@ def test_a_cancelled_task_frees_the_slot(decoder: SpecDecoder) -> None:
             work = own.completions.create(
                 model=MODEL, prompt="abc", max_tokens=200, extra_body={"ignore_eos": True}
             )
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(work, 0.5)
+            asking = asyncio.ensure_future(work)
+            assert await asyncio.to_thread(until, lambda: live.state.worker.load == (1, 0))
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
 
     with running(decoder, Setup(slots=1, trouble=Trouble(delay=0.02))) as live:
         asyncio.run(leave(live))
