@@ -17,6 +17,7 @@ from specdec.errors import SpecdecError, UnsupportedError
 from specdec.head.config import HeadConfig, default_taps
 from specdec.head.model import SPARE, DraftHead
 from specdec.layers.linear import Projection
+from specdec.layers.rope import SCALINGS
 from specdec.target.lean import Block
 from specdec.target.load import LeanTarget
 from specdec.target.protocol import Target
@@ -67,12 +68,15 @@ def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft
                 earlier: DraftHead | None = None) -> HeadConfig:  # fmt: skip
     """The head's numbers: the earlier head's if there is one; else the recipe's where it says, else the target's.
 
+    What a family calls by names of its own (GPT-2's `n_head`) is taken from what its cache looks like. A head has
+    positions of its own: where the target's are scaled in a way that heads do not know, the head's are not scaled.
+
     Args:
         config: the target's config.json.
         draft: size of the draft vocabulary.
 
     Raises:
-        SpecdecError: too few layers for the taps.
+        SpecdecError: too few layers for the taps, or numbers that do not go together.
     """
     if earlier is not None:
         return replace(earlier.config, draft_vocab=draft)
@@ -82,16 +86,16 @@ def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft
     if max(taps) > info.layers:
         raise SpecdecError("the target has no such layer", field="head.taps", value=taps,
                            allowed=f"ids up to {info.layers}")  # fmt: skip
-    heads = want.num_heads or int(text["num_attention_heads"])
+    heads = want.num_heads or int(text.get("num_attention_heads") or info.hidden // info.cache.head_dim)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     return HeadConfig(
         hidden=info.hidden, target_hidden=info.hidden, taps=taps,
-        intermediate=want.intermediate_size or int(text["intermediate_size"]), heads=heads,
+        intermediate=want.intermediate_size or int(text.get("intermediate_size") or 4 * info.hidden), heads=heads,
         kv_heads=want.num_key_value_heads or int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or info.hidden // heads), vocab=info.vocab, draft_vocab=draft,
         eps=target.final_norm()[1], theta=float(rope.get("rope_theta") or text.get("rope_theta") or 10000.0),
-        scaling=rope if kind != "default" else None, max_length=info.max_length,
+        scaling=rope if kind in SCALINGS and kind != "default" else None, max_length=info.max_length,
         norm_before_residual=want.norm_before_residual, norm_before_fc=want.norm_before_fc,
         fc_norm=want.fc_norm, norm_output=want.norm_output, fingerprint=info.fingerprint,
     )  # fmt: skip
