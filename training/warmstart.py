@@ -83,7 +83,7 @@ def solve(moments: Moments, fused: int, metric: Tensor, rank: int) -> tuple[Tens
         moments: of the text.
         fused: F, the width of the taps; what follows is the embedding.
         metric: [Vd, H], the map through which errors of the state are felt.
-        rank: of the embedding's share.
+        rank: of the embedding's share, at most H.
 
     Returns:
         (fc [H, F], out [H, rank], value [rank, H]).
@@ -120,7 +120,11 @@ def warm_start(
     head.norm.weight.copy_(lent.final_norm)
     head.lm_head.weight.copy_(lent.rows)
     width = c.kv_heads * c.head_dim
-    fc, out, value = solve(moments, len(c.taps) * c.target_hidden, lent.rows * lent.final_norm, width)
+    fused = len(c.taps) * c.target_hidden
+    fc, out, value = solve(moments, fused, lent.rows * lent.final_norm, min(width, c.hidden))
+    spare = width - out.shape[1]  # Gemma's attention is wider than its state: values that nothing reads yet
+    out = torch.cat([out, out.new_zeros(c.hidden, spare)], dim=1)
+    value = torch.cat([value, SPREAD * torch.randn(spare, c.hidden, generator=generator)])
     head.fc.weight.copy_(fc)
     _attend_to_self(head, value, generator)
     share = out.view(c.hidden, c.kv_heads, 1, c.head_dim) * c.kv_heads / c.heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_head import HIDDEN, tiny_head
 from tiny_training import TableTarget, samples
@@ -28,7 +29,9 @@ def test_the_regression_finds_a_linear_law_of_low_rank() -> None:
     torch.testing.assert_close(out @ value, token, rtol=0.05, atol=0.05)
 
 
-def test_a_solved_head_beats_a_random_one_before_any_step() -> None:
+@pytest.mark.parametrize("head_dim", [8, 32])
+def test_a_solved_head_beats_a_random_one_before_any_step(head_dim: int) -> None:
+    """Also where values are wider than the state, as Gemma's are."""
     target, texts = TableTarget(), samples(60)
     features = Features(texts, Capture(target, (1, 2, 3)))
     moments = measure(target, features, torch.Generator().manual_seed(0))
@@ -37,7 +40,7 @@ def test_a_solved_head_beats_a_random_one_before_any_step() -> None:
     rows = target.matrix[ids]
     hits = {}
     for name in ("warm", "cold"):
-        head, generator = tiny_head(), torch.Generator().manual_seed(1)
+        head, generator = tiny_head(head_dim=head_dim), torch.Generator().manual_seed(1)
         if name == "warm":
             warm_start(head, ids, moments, Sources(torch.ones(HIDDEN), rows), generator)
         else:
