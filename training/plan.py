@@ -11,22 +11,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from specdec.head.config import HeadConfig
 from specdec.head.model import DraftHead
-from specdec.target.files import load_config
-from specdec.target.load import LoadedTarget
-from training.build import compute_dtype, head_config
+from specdec.target.protocol import TargetInfo
+from training.build import compute_dtype
 from training.recipe import Recipe
 
 PROMPT_TOKENS = 100  # of a prompt with its template, for want of better before tokenising
 FLOPS = 6  # per parameter and token, forward and backward
 
 
-def print_plan(console: Console, recipe: Recipe, loaded: LoadedTarget, conversations: int,
-               earlier: DraftHead | None = None) -> None:  # fmt: skip
-    """Print the plan of a run over so many conversations, going on from the head `earlier` if there is one."""
-    info = loaded.target.info
-    draft = min(recipe.vocab.size or info.vocab, info.vocab)
-    config = head_config(loaded.target, load_config(loaded.files.directory), recipe, draft, earlier)
+def print_plan(
+    console: Console, recipe: Recipe, info: TargetInfo, conversations: int, config: HeadConfig
+) -> None:
+    """Print the plan of a run over so many conversations that makes a head of this `config`."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DraftHead(config).parameters())
     tokens = conversations * (PROMPT_TOKENS + recipe.responses.max_tokens)
@@ -42,7 +40,7 @@ def print_plan(console: Console, recipe: Recipe, loaded: LoadedTarget, conversat
         "start": recipe.head.start,
         "taps": ", ".join(map(str, config.taps)),
         "memory of head, masters, moments, gradients": f"{parameters * 18 / 1e6:,.0f} MB",
-        "logit gradients of one micro-batch": f"{recipe.trainer.batch_tokens * draft * 4 / 1e6:,.0f} MB",
+        "logit gradients of one micro-batch": f"{recipe.trainer.batch_tokens * config.draft_vocab * 4 / 1e6:,.0f} MB",
         "features": f"{tokens * row / 1e9:.2f} GB, of which kept at most {recipe.cache.gigabytes:g} GB",
         "measured product rate": f"{rate / 1e9:,.0f} GFLOP/s",
         "training, at least": f"{minutes:,.0f} minutes" + (f", cut at {limit:g}" if limit else ""),

@@ -92,8 +92,9 @@ def train(order: Order, console: Console | None = None) -> Path | None:
         order.target, device=accelerator.device, dtype=torch.float32 if dtype == torch.float32 else None
     )
     earlier = earlier_head(recipe, loaded.target.info)
+    config = _head_config(loaded, recipe, recipe.vocab.size, earlier)  # a shape that cannot be is told now
     if order.dry_run:
-        print_plan(console, recipe, loaded, len(conversations), earlier)
+        print_plan(console, recipe, loaded.target.info, len(conversations), config)
         return None
     chat = ChatMasker(loaded.tokenizer, loaded.target.info.stop_ids)
     if recipe.data.answers == "given":
@@ -117,7 +118,7 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     target = loaded.target
     vocabulary = choose_vocabulary(texts.train, target, recipe)
     draft = len(vocabulary.ids)
-    config = head_config(target, load_config(loaded.files.directory), recipe, draft, earlier)
+    config = _head_config(loaded, recipe, draft, earlier)
     console.print(f"draft vocabulary: {draft:,} tokens hold {vocabulary.coverage:.2%} of the answers")
     capture = Capture(target, config.taps, recipe.trainer.batch_tokens)
     features = Features(texts.train, capture, out / RUN / "features", recipe.cache.gigabytes)
@@ -145,6 +146,15 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     if accelerator.is_main_process:
         _deliver(out, loaded, task, config, progress, texts, vocabulary, trainer.clock.seconds / 60)
     return out
+
+
+def _head_config(
+    loaded: LoadedTarget, recipe: Recipe, draft: int | None, earlier: DraftHead | None
+) -> HeadConfig:
+    """The head's numbers with a draft vocabulary of this size, None or too many for the target's full one."""
+    info = loaded.target.info
+    most = min(draft or info.vocab, info.vocab)
+    return head_config(loaded.target, load_config(loaded.files.directory), recipe, most, earlier)
 
 
 def _fill(features: Features, console: Console) -> None:

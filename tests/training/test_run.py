@@ -139,9 +139,13 @@ def test_the_card_says_whose_answers_a_head_was_trained_and_measured_on(
     assert "the target wrote" not in card and "greedy" not in card
 
 
-def test_too_few_layers_for_the_taps(target: Path, prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecdecError, match=r"head\.taps"):
-        train(order(target, prompts, tmp_path / "head", "head.taps=[2, 4, 9]"), quiet())
+@pytest.mark.parametrize(("wrong", "told"), [("taps=[2, 4, 9]", r"head\.taps"), ("num_heads=5", "kv_heads")])
+def test_a_shape_that_cannot_be_is_refused_before_any_text_is_written(
+    target: Path, prompts: Path, tmp_path: Path, wrong: str, told: str
+) -> None:
+    with pytest.raises(SpecdecError, match=told):
+        train(order(target, prompts, tmp_path / "head", f"head.{wrong}"), quiet())
+    assert not (tmp_path / "head").exists()
 
 
 def test_a_run_goes_on_from_an_earlier_head(target: Path, prompts: Path, tmp_path: Path) -> None:
