@@ -18,6 +18,7 @@ from specdec.head.config import HeadConfig, default_taps
 from specdec.head.model import SPARE, DraftHead
 from specdec.layers.linear import Projection
 from specdec.layers.rope import SCALINGS
+from specdec.target.adapter import HFTarget
 from specdec.target.lean import Block
 from specdec.target.load import LeanTarget
 from specdec.target.protocol import Target
@@ -134,7 +135,8 @@ def build(target: Target, config: HeadConfig, vocabulary: Vocabulary, features: 
         Loss(recipe.loss.kind, recipe.loss.lk_rate), recipe.unroll.decay, recipe.unroll.checkpointing,
         recipe.loss.gradient == "stopped", recipe.unroll.noise,
     )  # fmt: skip
-    objective = Objective(head, target.embed, rows, scale, settings).to(target.info.device)
+    finish = target.finishing(vocabulary.ids) if isinstance(target, HFTarget) else None
+    objective = Objective(head, target.embed, rows, scale, settings, finish).to(target.info.device)
     return objective, optimizer
 
 

@@ -15,6 +15,7 @@ Dimension legend: R rows, H hidden, Vd draft vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,12 @@ class Loss:
             raise SpecdecError("unknown loss", field="loss.kind", value=self.kind, allowed=", ".join(KINDS))
 
 
-def target_probs(final: Tensor, rows: Tensor) -> Tensor:
+def target_probs(final: Tensor, rows: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The target's distribution over the draft vocabulary, renormalised.
 
     Args:
         final: [R, H] final states; rows: [Vd, H], the target's LM-head rows of the draft vocabulary.
+        finish: float32 products [R, Vd] to the target's logits, where these are not the products themselves.
 
     Returns:
         [R, Vd] in the dtype of `final`; made chunk by chunk, in float32 inside.
@@ -69,7 +71,8 @@ def target_probs(final: Tensor, rows: Tensor) -> Tensor:
     out = final.new_empty(final.shape[0], rows.shape[0])
     for start in range(0, final.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
-        out[part] = F.linear(final[part], rows).float().softmax(-1).to(out.dtype)
+        logits = F.linear(final[part], rows).float()
+        out[part] = (logits if finish is None else finish(logits)).softmax(-1).to(out.dtype)
     return out
 
 

@@ -62,16 +62,17 @@ class Objective(nn.Module):
         embed: the target's input embedding.
         rows: [Vd, H] of the target's LM head.
         scale: [F] what features are divided by; see `folded`.
+        finish: see `target_probs`.
     """
 
     scale: Tensor
     rows: Tensor
 
     def __init__(self, head: DraftHead, embed: Callable[[Tensor], Tensor], rows: Tensor, scale: Tensor,
-                 settings: Settings) -> None:  # fmt: skip
+                 settings: Settings, finish: Callable[[Tensor], Tensor] | None = None) -> None:  # fmt: skip
         super().__init__()
         self.head, self.settings = head, settings
-        self.embed = embed
+        self.embed, self.finish = embed, finish
         self.register_buffer("rows", rows.to(head.dtype), persistent=False)
         self.register_buffer("scale", scale.float(), persistent=False)
         self.unroll = Unroll(head, embed, checkpointing=settings.checkpointing, stopped=settings.stopped)
@@ -119,7 +120,8 @@ class Objective(nn.Module):
         where = torch.full((needed.numel(),), -1, device=flat.device)
         where[flat] = torch.arange(len(flat), device=flat.device)
         with torch.no_grad():
-            return target_probs(material.final.flatten(0, 1)[flat].to(self.rows.dtype), self.rows), where
+            final = material.final.flatten(0, 1)[flat].to(self.rows.dtype)
+            return target_probs(final, self.rows, self.finish), where
 
     def _noise(self, features: Tensor, seed: int) -> Tensor:
         """Gaussian noise, in units of each tap's own spread over the batch; the same for the same seed."""

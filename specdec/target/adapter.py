@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -89,10 +89,20 @@ class HFTarget:
         return F.embedding(tokens.to(weight.device), weight).to(self.info.device)
 
     def output_embedding(self) -> Tensor:
-        """The LM head's matrix, a float32 copy [V, H]."""
+        """The LM head's matrix, a float32 copy [V, H], with the scale that the family gives its logits."""
         weight = self._parts.head.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().to(torch.float32, copy=True)
+        return self.readout.scaled(weight.detach().to(torch.float32, copy=True))
+
+    def finishing(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """What makes logits of products with the rows `ids` of `output_embedding`: the LM head's bias, the soft cap."""
+        bias = getattr(self._parts.head, "bias", None)
+        added = None if bias is None else self.readout.scaled(bias.detach().float()[ids.to(bias.device)])
+
+        def finish(products: Tensor) -> Tensor:
+            return self.readout.bent(products if added is None else products + added.to(products.device))
+
+        return finish
 
     def final_norm(self) -> tuple[Tensor, float]:
         """Weight [H] and eps of the norm before the LM head."""

@@ -6,6 +6,7 @@ Every family names them differently; shapes and order tell them apart. Knows no 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,29 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from specdec.errors import UnsupportedError
 
-Readout = Callable[[Tensor], Tensor]
-"""What a family does to the product of final state and LM head."""
-
 RECURRENT = ("linear", "conv", "mamba", "hybrid", "recurrent")
 OTHERS = {"chunked": "chunked attention", "indexed": "sparse attention", "compressed": "compressed attention"}
 FORWARD_WIDE = ("longrope", "dynamic")  # rope types that choose frequencies for a whole forward
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What a family does to the product of final state and LM head: `scaled`, then bent to stay within `cap`."""
+
+    scaled: Callable[[Tensor], Tensor] = _as_it_is
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.bent(self.scaled(logits))
+
+    def bent(self, logits: Tensor) -> Tensor:
+        """Scaled logits within the cap."""
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -129,17 +146,20 @@ def readouts(config: PretrainedConfig) -> Mapping[str, Readout]:
     """Candidates for what a family does to its logits, by the config fields that ask for it."""
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:
-        return {"final_logit_softcapping": lambda logits: torch.tanh(logits / cap) * cap}
-    found: dict[str, Readout] = {"plain": lambda logits: logits}
+        return {"final_logit_softcapping": Readout(cap=cap)}
+    found = {"plain": Readout()}
     scale = getattr(config, "logit_scale", None)
     if scale:
-        found["logit_scale"] = lambda logits: logits * scale
+        found["logit_scale"] = Readout(lambda logits: logits * scale)
     factor = getattr(config, "logits_scaling", None)
     if factor:  # Granite divides, HyperCLOVA X multiplies
-        found |= {"/ logits_scaling": lambda x: x / factor, "* logits_scaling": lambda x: x * factor}
+        found |= {
+            "/ logits_scaling": Readout(lambda x: x / factor),
+            "* logits_scaling": Readout(lambda x: x * factor),
+        }
     multiplier = getattr(config, "lm_head_multiplier", None)
     if multiplier:
-        found["lm_head_multiplier"] = lambda logits: logits * multiplier
+        found["lm_head_multiplier"] = Readout(lambda logits: logits * multiplier)
     return found
 
 

@@ -78,7 +78,8 @@ class Target(Protocol):
         ...
 
     def output_embedding(self) -> Tensor:
-        """The LM head's matrix [V, H]; a float copy, for training and reports."""
+        """The LM head's matrix [V, H]; a float copy, for training and reports. Its product with a final state is the
+        logits, but for what `HFTarget.finishing` tells of a few families."""
         ...
 
     def final_norm(self) -> tuple[Tensor, float]:

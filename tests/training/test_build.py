@@ -1,16 +1,23 @@
-"""The head's numbers: from the recipe, else from the target, whatever its family calls them."""
+"""The head's numbers and labels: from the recipe, else from the target, whatever its family calls and does to them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 import torch
 from tiny_head import HIDDEN
 from tiny_training import TableTarget
+from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedModel
 
 from specdec.layers.rope import frequencies
-from training.build import head_config
+from specdec.target.adapter import adapt
+from training.build import build, choose_vocabulary, head_config
+from training.data import Sample
+from training.features import Capture, Features
+from training.losses import target_probs
 from training.recipe import parse_recipe
 
 NAMED: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -32,3 +39,28 @@ def test_positions_scaled_in_a_way_that_heads_do_not_know_are_not_scaled(kind: s
         TableTarget(), NAMED | {"rope_parameters": rope | {"rope_type": "linear"}}, parse_recipe(""), 25
     )
     assert torch.equal(frequencies(8, known.theta, known.scaling), frequencies(8, 5000.0) / 4)
+
+
+def _phi() -> PreTrainedModel:
+    sizes = {name: size for name, size in tiny.COMMON.items() if name != "head_dim"}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(PhiConfig(**sizes))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["granite", "gemma2", "phi"])
+def test_labels_are_what_the_target_would_say(arch: str) -> None:
+    """Granite divides its logits, Gemma 2 caps them, Phi's LM head has a bias: over any draft vocabulary the head is
+    taught the target's own law."""
+    target = adapt(_phi() if arch == "phi" else tiny.build(arch), arch)
+    texts = [Sample("a", np.arange(3, 35, dtype=np.int32), np.arange(32) > 4)]
+    recipe = parse_recipe("", ["head.taps=[2, 4, 6]", "trainer.precision=fp32", "vocab.size=40"])
+    vocabulary = choose_vocabulary(texts, target, recipe)
+    features = Features(texts, Capture(target, (2, 4, 6)))
+    config = head_config(target, NAMED, recipe, 40)
+    objective, _ = build(target, config, vocabulary, features, recipe)
+    final = features.take([0])[0].final
+    told = target_probs(final, objective.rows, objective.finish)
+    torch.testing.assert_close(
+        told, target.logits(final)[:, vocabulary.ids].softmax(-1), rtol=1e-4, atol=1e-6
+    )
