@@ -88,6 +88,8 @@ def train(order: Order, console: Console | None = None) -> Path | None:
     accelerator = _accelerator(recipe, order)
     if accelerator.is_main_process:
         check_writable(order.out)
+    else:
+        console = Console(quiet=True)  # one process of a launch tells
     loaded = load_target(
         order.target, device=accelerator.device, dtype=torch.float32 if dtype == torch.float32 else None
     )
@@ -213,10 +215,11 @@ def export(state: dict[str, Any], config: HeadConfig, out: Path, loaded: LoadedT
 
 
 def _accelerator(recipe: Recipe, order: Order) -> Accelerator:
-    """Of this process; its trackers start, and write, only when training does."""
+    """Of this process; its trackers start, and write, only when training does. Precision is the recipe's business: what
+    `accelerate config` and `launch` say of it would cast the head's products a second time."""
     tracker = recipe.trainer.tracker
     cpu = order.device == "cpu" or not torch.cuda.is_available()
     return Accelerator(
-        cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(order.out / RUN),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        cpu=cpu, mixed_precision="no", dynamo_backend="no", log_with=None if tracker == "none" else tracker,
+        project_dir=str(order.out / RUN), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )  # fmt: skip

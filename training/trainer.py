@@ -82,8 +82,9 @@ class Trainer:
     def __init__(self, task: Task, directory: Path, evaluate: Callable[[], Row] | None = None,
                  report: Callable[[Row], None] = lambda row: None,
                  accelerator: Accelerator | None = None) -> None:  # fmt: skip
-        self.task, self.directory, self.evaluate, self.report = task, directory, evaluate, report
+        self.task, self.directory, self.evaluate = task, directory, evaluate
         self.accelerator = accelerator or Accelerator()
+        self.report = report if self.accelerator.is_main_process else lambda row: None
         self.module = self.accelerator.prepare(task.objective)
         trainer = task.recipe.trainer
         self.clock = Clock(max_minutes=trainer.max_minutes)

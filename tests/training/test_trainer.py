@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_head import HIDDEN
 from tiny_training import alone, samples, task
 from torch import Tensor
@@ -147,6 +148,17 @@ def test_nan_moves_nothing_and_ends_the_run_when_it_stays(tmp_path: Path) -> Non
     with pytest.raises(SpecdecError, match=f"{PATIENCE} optimizer steps"):
         train(work, tmp_path)
     assert all(torch.equal(value, weights(work)[name]) for name, value in before.items())
+
+
+def test_only_the_main_process_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost steps, too: every process of a launch has the same ones, and they share one log."""
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    work = task(samples(), "trainer.epochs=50")
+    work.objective.scale.fill_(math.nan)
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(SpecdecError, match="in a row gave NaN"):
+        Trainer(work, tmp_path, report=rows.append, accelerator=alone()).run()
+    assert rows == []
 
 
 def test_running_out_of_memory_names_the_knobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
