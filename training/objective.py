@@ -115,7 +115,7 @@ class Objective(nn.Module):
         needed = torch.zeros_like(graded[0])
         for step, rows in enumerate(graded):
             # row t of this step is graded by the target's state at t + 1 + step
-            needed[:, 1 + step :] |= rows[:, : rows.shape[1] - 1 - step]
+            needed[:, 1 + step :] |= rows[:, : max(0, rows.shape[1] - 1 - step)]
         flat = needed.flatten().nonzero()[:, 0]
         where = torch.full((needed.numel(),), -1, device=flat.device)
         where[flat] = torch.arange(len(flat), device=flat.device)

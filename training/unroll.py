@@ -112,7 +112,8 @@ class Unroll:
                 keep = needed[step][at]
                 at, y, seen = at[keep], self.head.feedback(y[keep]), seen.at(keep)
                 y = y.detach() if self.stopped else y
-            y, seen = self._step(step, at, tokens, y, seen)
+            if len(at):  # short texts have no rows in late steps
+                y, seen = self._step(step, at, tokens, y, seen)
             mine = wanted.flatten()[at]
             out.append(Unrolled(y[mine], at[mine]))
         return out

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from torch import Tensor
 from specdec.errors import CheckpointError, MismatchError, SpecdecError, UnsupportedError
 from training.checkpoint import BEST, LAST
 from training.chunks import Position
+from training.data import Sample
 from training.objective import folded, position_weights, scaled
 from training.optim import Optimizer, Rates, blocks, orthogonal
 from training.schedule import Clock, rate
@@ -148,6 +150,15 @@ def test_nan_moves_nothing_and_ends_the_run_when_it_stays(tmp_path: Path) -> Non
     with pytest.raises(SpecdecError, match=f"{PATIENCE} optimizer steps"):
         train(work, tmp_path)
     assert all(torch.equal(value, weights(work)[name]) for name, value in before.items())
+
+
+def test_a_batch_of_short_windows_is_no_obstacle(tmp_path: Path) -> None:
+    """The rest of a split text may be too short for a late step, and alone in its batch."""
+    rest = Sample("s", np.arange(3, dtype=np.int32), np.ones(3, dtype=np.bool_), window=1)
+    whole = [sample for sample in samples() if len(sample) > 12][:4]
+    work = task([*whole, rest], "unroll.steps=4", "trainer.batch_tokens=24", noise=0.1)
+    rows = train(work, tmp_path)
+    assert {row["kind"] for row in rows} == {"step"} and rows[-1]["step"] == 4 * 5
 
 
 def test_only_the_main_process_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
