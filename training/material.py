@@ -21,6 +21,7 @@ from training.recipe import Recipe
 from training.responses import Answerer, AnswerPlan, write_responses
 from training.store import Response, ResponseStore, response_samples
 
+FIRST = 2  # the first token of a text that a head can draft: it reads feature 0 and token 1
 HANDFULS = 4  # batches handed to the answerer at once, so that its slots stay full while long answers end
 
 
@@ -96,12 +97,17 @@ def from_store(store: ResponseStore, recipe: Recipe, skipped: Skipped,
     greedy = [sample for sample in dev if sample.id in cold]
     sampled = [sample for sample in dev if sample.id not in cold]
     train = response_samples(store, lambda id: not held(id))
+    windows = split_windows(train, recipe.data.max_length, skipped=skipped)
     used = [r for r in store if r.turn == 0 and not held(r.id)]
-    return replace(_texts(train, greedy, sampled, recipe, skipped, used), answers=tuple(store.keys()))
+    return replace(_texts(windows, greedy, sampled, skipped, used), answers=tuple(store.keys()))
 
 
-def given(conversations: Sequence[Conversation], chat: ChatMasker, recipe: Recipe, skipped: Skipped) -> Texts:
+def given(conversations: Sequence[Conversation], chat: ChatMasker, recipe: Recipe, context: int, skipped: Skipped
+          ) -> Texts:  # fmt: skip
     """Samples of the answers in the data, which the target did not write: tau on them is a lower bound.
+
+    Args:
+        context: positions the target has; longer texts are split there at the latest, and none is measured on.
 
     Raises:
         SpecdecError: no assistant turns, or a template that cannot be masked.
@@ -111,9 +117,11 @@ def given(conversations: Sequence[Conversation], chat: ChatMasker, recipe: Recip
     dev = [c for c in conversations if held(c.id) and c.messages][: recipe.evaluation.prompts]
     # one by one: a refused conversation among them is as little an error as among the others
     samples = [sample for c in dev for sample in _samples(c, chat, skipped)]
-    texts = [_cut(sample, recipe.evaluation.max_tokens) for sample in samples if sample.loss_mask.any()]
+    cut = [_cut(sample, recipe.evaluation.max_tokens) for sample in samples if sample.loss_mask.any()]
+    texts = [sample for sample in cut if len(sample) <= context]
     used = [Response(c.id, c.source, c.licence, 0.0, (), (), "stop", 0) for c in conversations]
-    return _texts(train, texts, [], recipe, skipped, used)
+    windows = split_windows(train, min(recipe.data.max_length, context), skipped=skipped)
+    return _texts(windows, texts, [], skipped, used)
 
 
 def _samples(conversation: Conversation, chat: ChatMasker, skipped: Skipped) -> list[Sample]:
@@ -124,9 +132,14 @@ def _samples(conversation: Conversation, chat: ChatMasker, skipped: Skipped) -> 
         return []
 
 
-def _texts(train: Iterable[Sample], greedy: list[Sample], sampled: list[Sample], recipe: Recipe,
-           skipped: Skipped, used: Iterable[Response]) -> Texts:  # fmt: skip
-    windows = list(split_windows(train, recipe.data.max_length, skipped=skipped))
+def _texts(cut: Iterable[Sample], greedy: list[Sample], sampled: list[Sample], skipped: Skipped,
+           used: Iterable[Response]) -> Texts:  # fmt: skip
+    windows = []
+    for window in cut:
+        if window.loss_mask[FIRST:].any():
+            windows.append(window)
+        else:
+            skipped.add("window too short to draft in")
     if not windows:
         raise SpecdecError(f"left nothing to train on: {skipped}", field="data.prompts",
                            remedy="Check the prompts, data.licences and responses.max_minutes.")  # fmt: skip
@@ -149,14 +162,13 @@ def _cut(sample: Sample, answer_tokens: int) -> Sample:
 
 
 def shared_prefix(samples: Sequence[Sample]) -> int:
-    """How many first tokens all samples have in common; 0 for a single one."""
-    if len(samples) < 2:
+    """How many first tokens all samples have in common; 0 for a single one. Later windows begin in the middle."""
+    begun = [sample for sample in samples if not sample.window]
+    if len(begun) < 2:
         return 0
-    first = samples[0].ids
+    first = begun[0].ids
     length = len(first)
-    for sample in samples[1:]:
-        if sample.window:  # begins in the middle of a text
-            continue
+    for sample in begun[1:]:
         shorter = min(length, len(sample))
         differs = np.flatnonzero(first[:shorter] != sample.ids[:shorter])
         length = int(differs[0]) if differs.size else shorter

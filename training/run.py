@@ -100,7 +100,7 @@ def train(order: Order, console: Console | None = None) -> Path | None:
         return None
     chat = ChatMasker(loaded.tokenizer, loaded.target.info.stop_ids)
     if recipe.data.answers == "given":
-        texts = given(conversations, chat, recipe, skipped)
+        texts = given(conversations, chat, recipe, loaded.target.info.max_length, skipped)
     else:
         answers = Answers(order.out / RUN, loaded, recipe, order.endpoint)
         if accelerator.is_main_process:

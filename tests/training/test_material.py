@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import tiny
 
-from training.data import Conversation, Message, Skipped, split_dev
+from training.data import Conversation, Message, Sample, Skipped, split_dev
 from training.mask import ChatMasker
-from training.material import Texts, from_store, given, held_out
+from training.material import Texts, from_store, given, held_out, shared_prefix
 from training.recipe import load_recipe
 from training.store import Response, ResponseStore
 
@@ -75,6 +76,28 @@ def test_a_dev_conversation_that_the_template_refuses_is_counted() -> None:
     (bad, good), (train,) = ids("r{}", 2, dev=True), ids("r{}", 1, dev=False)
     talks = [Conversation(bad, "", "", (Message("system", "x"), *asked)),
              *(Conversation(id, "", "", asked) for id in (good, train))]  # fmt: skip
-    texts = given(talks, ChatMasker(tokenizer, (2,)), load_recipe("cpu"), skipped := Skipped())
+    texts = given(talks, ChatMasker(tokenizer, (2,)), load_recipe("cpu"), 64, skipped := Skipped())
     assert [s.id for s in texts.greedy] == [good]
     assert skipped.total == 1
+
+
+def test_a_given_text_is_split_where_the_target_ends() -> None:
+    """Positions beyond its last are none that it was made for; the last two tokens of 66 are nothing to draft."""
+    (dev,), train = ids("r{}", 1, dev=True), ids("r{}", 2, dev=False)
+    talks = [
+        Conversation(id, "", "", (Message("text", "a" * (32 if id == dev else 66)),)) for id in (dev, *train)
+    ]
+    chat = ChatMasker(tiny.tokenizer(), (2,))
+    texts = given(talks, chat, load_recipe("cpu"), 16, skipped := Skipped())
+    assert [len(window) for window in texts.train] == [16] * 8
+    assert texts.greedy == [] and skipped.reasons == {"window too short to draft in": 2}
+
+
+def test_only_beginnings_share_a_prefix() -> None:
+    """A first window without answers is left out: the sample that is first then begins in the middle of its text."""
+
+    def sample(window: int, *tokens: int) -> Sample:
+        return Sample("a", np.array(tokens, dtype=np.int32), np.ones(len(tokens), dtype=np.bool_), 0, window)
+
+    assert shared_prefix([sample(1, 9, 9), sample(0, 1, 2, 3), sample(0, 1, 2, 4)]) == 2
+    assert shared_prefix([sample(0, 1, 2, 3), sample(1, 9, 9)]) == 0
