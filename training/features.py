@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,10 +141,24 @@ class Features:
         return [found[i] for i in indices]
 
     def fill(self, advance: Callable[[int], None] = lambda tokens: None) -> None:
-        """Capture every shard that is missing or broken. `advance` hears of tokens done."""
+        """Capture every shard that is missing or broken, and make room of those that other texts or taps have left.
+        For one process. `advance` hears of tokens done."""
+        self._clear()
         for shard in self._shards:
             self._ready(shard)
             advance(sum(len(self.samples[i]) for i in range(shard.first, shard.last)))
+
+    def _clear(self) -> None:
+        """Files of no shard of ours, halves of a killed process among them: they would count beyond the budget."""
+        ours = {path for shard in self._shards for path in (self._path(shard), _sum_path(self._path(shard)))}
+        for path in self.directory.glob("*") if self.directory is not None else ():
+            if path not in ours:
+                with suppress(OSError):
+                    path.unlink()
+
+    def _path(self, shard: _Shard) -> Path:
+        assert self.directory is not None
+        return self.directory / f"{shard.key}.safetensors"
 
     def _read(self, shard: _Shard, index: int) -> Captured:
         path = self._ready(shard)
@@ -155,8 +170,7 @@ class Features:
 
     def _ready(self, shard: _Shard) -> Path:
         """The shard's file, captured or captured again if need be; checked once by this process."""
-        assert self.directory is not None
-        path = self.directory / f"{shard.key}.safetensors"
+        path = self._path(shard)
         if shard.key in self._whole:
             return path
         if path.exists() and not _is_whole(path):

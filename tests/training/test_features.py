@@ -86,3 +86,14 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path, monkeypatch
     with pytest.raises(SpecdecError, match=r"cache\.gigabytes"):
         Features(samples(), Capture(TableTarget(), (1, 2, 3)), tmp_path, 1.0).fill()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_budget_counts_what_earlier_texts_left(tmp_path: Path) -> None:
+    """A run that is interrupted, given more answers and started again keeps features of these alone."""
+    budget = 200 * ROW_BYTES / 1e9
+    (tmp_path / ".1.half.safetensors").write_bytes(b"killed while writing")
+    for seed in range(3):
+        features = Features(samples(24, seed), Capture(TableTarget(), (1, 2, 3)), tmp_path, budget)
+        features.fill()
+        assert features.kept
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1.2 * budget * 1e9
