@@ -18,12 +18,14 @@ LAST, BEST = "last.pt", "best.pt"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that a crash at any moment leaves the old file or the new one.
+    """Write `state` so that a crash at any moment leaves the old file or the new one. For one process.
 
     Raises:
         CheckpointError: the disk refuses; the old file stays.
     """
     try:
+        for left in path.parent.glob(f".*.{path.name}"):  # by a process that was killed while it wrote
+            left.unlink()
         with replacing(path) as fresh:
             torch.save({"version": VERSION} | state, fresh)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError

@@ -129,6 +129,12 @@ def test_a_torn_checkpoint_is_told(tmp_path: Path) -> None:
         train(task(texts, "trainer.epochs=1"), tmp_path)
 
 
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / f".1.{LAST}").write_bytes(b"half a checkpoint")
+    train(task(samples(), "trainer.epochs=1"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = samples()
     train(task(texts, "trainer.epochs=1"), tmp_path)
