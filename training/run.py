@@ -124,7 +124,7 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     console.print(f"draft vocabulary: {draft:,} tokens hold {vocabulary.coverage:.2%} of the answers")
     capture = Capture(target, config.taps, recipe.trainer.batch_tokens)
     features = Features(texts.train, capture, out / RUN / "features", recipe.cache.gigabytes)
-    if accelerator.is_main_process and features.kept:
+    if accelerator.is_main_process:
         _fill(features, console)
     accelerator.wait_for_everyone()
     objective, optimizer = build(target, config, vocabulary, features, recipe, earlier)
@@ -142,6 +142,7 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
         trainer.evaluate = _evaluator(texts, capture, task)
         trainer.plan(0)  # too little text is told before it is settled
         if accelerator.is_main_process:
+            watch.rewind(trainer.progress.step)
             settle(out / RUN, texts.answers, recipe)
         progress = trainer.run()
     accelerator.end_training()

@@ -6,7 +6,8 @@ Knows rows of numbers; nothing of training.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,8 @@ from typing import Any, Self
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from specdec.places import replacing
 
 LOG = "train_log.jsonl"
 Row = dict[str, Any]
@@ -36,6 +39,15 @@ class Watch:
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("training", total=1.0, numbers="")
         self._tau = ""
+
+    def rewind(self, step: int) -> None:
+        """Leave out of the log what came after `step`: a run that was killed goes on from its last checkpoint and tells
+        these steps again. Half a line goes, too."""
+        if not self.path.exists():
+            return
+        rows = [row for row in _rows(self.path) if row.get("step", 0) <= step]
+        with replacing(self.path) as fresh:
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -97,12 +109,10 @@ def flat(row: Row) -> dict[str, float]:
 
 def read_log(path: Path, kind: str, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
     """Rows of one kind; a torn last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row: Row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("kind") == kind and keep(row):
-            rows.append(row)
-    return rows
+    return [row for row in _rows(path) if row.get("kind") == kind and keep(row)] if path.exists() else []
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
