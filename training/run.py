@@ -50,7 +50,7 @@ class Order:
 
     Attributes:
         target: name, directory, GGUF file or Hub id.
-        prompts: file or `datasets` id.
+        prompts: file or `datasets` id; None: the recipe's.
         out: directory of the head; the run keeps its own things in `out/run`.
         recipe: name or YAML file; overrides: `section.field=value`.
         endpoint: base URL of an OpenAI-compatible server that answers instead of our engine.
@@ -60,7 +60,7 @@ class Order:
     """
 
     target: str
-    prompts: str
+    prompts: str | None
     out: Path
     recipe: str | Path = "cpu"
     overrides: tuple[str, ...] | list[str] = ()
@@ -83,8 +83,13 @@ def train(order: Order, console: Console | None = None) -> Path | None:
     if not order.resume and (order.out / RUN / LAST).exists():
         raise SpecdecError("holds a run already", field="out", value=str(order.out),
                            remedy="Drop --no-resume to continue it, or choose another directory.")  # fmt: skip
+    prompts = order.prompts or recipe.data.prompts
+    if prompts is None:
+        raise SpecdecError(
+            "are missing", field="prompts", remedy="Pass --prompts, or set data.prompts in the recipe."
+        )
     skipped = Skipped()
-    conversations = select(order.prompts, recipe, skipped)
+    conversations = select(prompts, recipe, skipped)
     accelerator = _accelerator(recipe, order)
     if accelerator.is_main_process:
         check_writable(order.out)

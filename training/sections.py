@@ -31,7 +31,7 @@ class DataSection:
     """What to train on.
 
     Attributes:
-        prompts: file or dataset id; None when the command line names it.
+        prompts: file or dataset id; what the command line names counts more. None where it does.
         max_length: tokens of one window; longer samples are split.
         licences: rows to use, None for all.
         limit: use at most so many conversations, None for all.

@@ -23,7 +23,12 @@ checkpoint with a model card, the recipe, a log and a plot."""
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("--target", default="smollm2-135m", help="name, directory, .gguf file or Hub id")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="jsonl, parquet or a datasets id")
+    parser.add_argument(
+        "--prompts",
+        default=None,
+        metavar="FILE",
+        help="jsonl, parquet or a datasets id (default: the recipe's)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the head and of the run")
     parser.add_argument("--recipe", default="cpu", help="cpu, gpu, large or a YAML file (default: cpu)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the recipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,15 @@ def test_the_card_says_whose_answers_a_head_was_trained_and_measured_on(
     for words in ("dev text that came with the data", "answered by the data", "| given | "):
         assert words in card
     assert "the target wrote" not in card and "greedy" not in card
+
+
+def test_the_recipe_may_name_the_prompts(target: Path, prompts: Path, tmp_path: Path) -> None:
+    named = order(target, prompts, tmp_path / "head", f"data.prompts={prompts}", dry_run=True)
+    told = io.StringIO()
+    assert train(replace(named, prompts=None), Console(file=told, width=120)) is None
+    assert "120, " in told.getvalue()
+    with pytest.raises(SpecdecError, match=r"--prompts.*data\.prompts"):
+        train(replace(order(target, prompts, tmp_path / "head"), prompts=None), quiet())
 
 
 @pytest.mark.parametrize(("wrong", "told"), [("taps=[2, 4, 9]", r"head\.taps"), ("num_heads=5", "kv_heads")])
