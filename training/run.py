@@ -8,6 +8,8 @@ Knows the order of things; each thing is done elsewhere. A run that was cut shor
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -139,7 +141,7 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     accelerator.init_trackers(
         "specdec", config={"recipe": recipe.hash(), "precision": recipe.trainer.precision}
     )
-    with Watch(out, console, accelerator) as watch:
+    with _on_disk(out), Watch(out, console, accelerator) as watch:
         trainer = Trainer(task, out / RUN, report=watch, accelerator=accelerator)
         if trainer.resume():
             console.print(f"resuming at step {trainer.progress.step:,}")
@@ -152,8 +154,21 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
         progress = trainer.run()
     accelerator.end_training()
     if accelerator.is_main_process:
-        _deliver(out, loaded, task, config, progress, texts, vocabulary, trainer.clock.seconds / 60)
+        with _on_disk(out):
+            _deliver(out, loaded, task, config, progress, texts, vocabulary, trainer.clock.seconds / 60)
     return out
+
+
+@contextmanager
+def _on_disk(out: Path) -> Iterator[None]:
+    """Say where the disk refused: log, trackers, card, plot. Raises SpecdecError for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise SpecdecError(
+            f"the disk refuses: {error.strerror or error}", field="out", value=str(error.filename or out),
+            remedy="Free some space and run again: it goes on from the last checkpoint.",
+        ) from error  # fmt: skip
 
 
 def _head_config(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +210,22 @@ def test_a_later_sitting_trains_on_the_texts_of_the_first(
         store.append(replace(first, id="stranger"))
     with pytest.raises(MismatchError, match="texts"):
         train(order(target, prompts, out), quiet())
+
+
+def test_a_disk_that_fills_up_late_is_told_and_costs_nothing(
+    target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked = order(target, prompts, tmp_path / "head", "trainer.epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run.write_card", full)
+        with pytest.raises(SpecdecError, match="No space left on device"):
+            train(asked, quiet())
+    assert train(asked, quiet()) == tmp_path / "head"
+    steps = [row["step"] for row in read_log(tmp_path / "head" / "train_log.jsonl", "step")]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_without_dev_text_the_last_head_is_delivered(target: Path, prompts: Path, tmp_path: Path) -> None:
