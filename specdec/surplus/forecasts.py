@@ -83,7 +83,8 @@ class CellForecasts:
     """One prediction per cell, float64 [c].
 
     Attributes:
-        ours: acceptance of the verifier in use, as the engine's rounds meet it (F2a).
+        ours: acceptance of the verifier in use, as the engine's rounds meet it (F2a); NaN where the predictors'
+            text of this domain has no such round.
         erfc: mean erfc link of what they meet.
         confidence, entropy, crossed: the head's mean max q, the target's mean entropy, mean cross-entropy: raw
             baselines, the last two still to be fitted.
@@ -144,7 +145,7 @@ def probe_forecasts(
     base = [_promise(estimates, key, width, domain_of_row) for key in keys]
     goals = cell_forecasts(aligned, keys, shapes).ours
     found = torch.tensor(base, dtype=torch.float64)
-    known = found.isfinite()
+    known = found.isfinite() & goals.isfinite()
     square = float(found[known].square().sum())
     scale = float((found[known] * goals[known]).sum()) / square if square > 0 else float("nan")
     return scale * found, scale

@@ -40,8 +40,8 @@ class Rounds:
 
     @property
     def alpha(self) -> Tensor:
-        """alpha(1 .. K) as the engine counts it, [K]."""
-        return (self.start @ self.won) / (self.start @ self.offered).clamp_min(1e-9)
+        """alpha(1 .. K) as the engine counts it, [K]; NaN where nothing is offered."""
+        return (self.start @ self.won) / (self.start @ self.offered)
 
     @property
     def tau(self) -> float:

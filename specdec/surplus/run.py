@@ -178,6 +178,8 @@ class _Run:
         self.settings, self.manifest, self.say = settings, manifest, say
         self.plan, self.target, self.head = order.plan, order.target, order.head
         self.text = order.work / "capture"
+        # Outcomes may be of domains that no predictor has.
+        self.domains = tuple(dict.fromkeys((*manifest.domains, *(p.domain for p in roles.outcomes))))
         self.stages = order.work / "stages"
         output = target_head(self.target, order.temperature)
         captured = load_captured(self.text, manifest, output)
@@ -254,7 +256,7 @@ class _Run:
             "documents": {"predictors": len(self.roles.predictors), "outcomes": len(self.roles.outcomes)},
             "rows": c.ids.shape[0],
             "symbols": self.material.labels.width,
-            "domain_names": list(c.domains),
+            "domain_names": list(self.domains),
             "told": dict(self.order.told or {}),
         }
 
@@ -329,11 +331,13 @@ class _Run:
         measured = {name: self._decode(head, name) for name in self.plan.shapes}
         shapes = self._tree_shapes(head)
         tau = predicted_tau(aligned, self.plan, shapes)
-        evidence = Evidence(estimates, rows, aligned, c.domain, c.domains, measured, tau, shapes, self.plan)
+        evidence = Evidence(
+            estimates, rows, aligned, c.domain, self.domains, measured, tau, shapes, self.plan
+        )
         small = self._estimates(main, small=True)
         found: Value = dict(judge(evidence))
         found["waterfall"] = waterfall(estimates, small, rows, self.plan)
-        found["engine"] = {name: engine_row(run, tau[name], c.domains) for name, run in measured.items()}
+        found["engine"] = {name: engine_row(run, tau[name], self.domains) for name, run in measured.items()}
         found["selection"] = selection(aligned, self.plan)
         found["feature_error"] = landscape.feature_errors(rows, c.head, self.plan)
         return found, rows
@@ -354,8 +358,8 @@ class _Run:
 
     def _numbered(self) -> list[tuple[int, int, Passage]]:
         """Outcome passages with numbers that no captured document has."""
-        names, first = self.manifest.domains, len(self.roles.predictors)
-        return [(first + i, names.index(p.domain), p) for i, p in enumerate(self.roles.outcomes)]
+        first = len(self.roles.predictors)
+        return [(first + i, self.domains.index(p.domain), p) for i, p in enumerate(self.roles.outcomes)]
 
     def _decode(self, head: DraftHead, name: str) -> Measured:
         path = self.stages / f"decoded-{name.replace(' ', '-')}.safetensors"

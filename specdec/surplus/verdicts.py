@@ -17,7 +17,7 @@ from specdec.surplus.claims import CellOutcomes, attainable, cell_fit, claim_f1,
 from specdec.surplus.draft import DraftRows
 from specdec.surplus.entropy import Calibration, calibrate
 from specdec.surplus.estimate import Estimate
-from specdec.surplus.forecasts import Aligned, cell_forecasts, probe_forecasts
+from specdec.surplus.forecasts import Aligned, CellForecasts, cell_forecasts, probe_forecasts
 from specdec.surplus.interval import bootstrap, resamples
 from specdec.surplus.outcome import CellKey, Measured, cell_outcomes
 from specdec.surplus.plan import Plan
@@ -37,7 +37,7 @@ class Evidence:
         head: the head's teacher-forced rows, by k.
         aligned: the same where all depths exist.
         domain_of_row: int64 [T] of the captured rows.
-        domains: names.
+        domains: names, of predictors and outcomes.
         measured: engine runs on outcome documents, by shape.
         tau: predicted tau by shape.
         shapes: trees sampled on predictor documents.
@@ -117,7 +117,6 @@ def _cells(
     probe, scale = probe_forecasts(
         evidence.estimates, evidence.aligned, evidence.domain_of_row, keys, evidence.shapes
     )
-    measured = outcomes.measured()
     rows = []
     for i, key in enumerate(keys):
         mine = outcomes.cell == i
@@ -135,18 +134,29 @@ def _cells(
                 "measured": number(found),
             }
         )
-    group = torch.tensor([key.domain for key in keys])
-    rivals = {"draft confidence": told.confidence}
+    return rows, _f2_claims(evidence, keys, outcomes, told, (probe, scale))
+
+
+def _f2_claims(
+    evidence: Evidence, keys: Sequence[CellKey], outcomes: CellOutcomes, told: CellForecasts,
+    probe: tuple[Tensor, float],
+) -> list[Value]:  # fmt: skip
+    """Over the cells that have a forecast: some domain may lie among the outcomes alone."""
+    known = told.ours.isfinite()
+    outcomes, group = _subset(outcomes, known), torch.tensor([key.domain for key in keys])[known]
+    rivals = {"draft confidence": told.confidence[known]}
     if torch.unique(group).numel() > 1:
-        rivals["entropy, affine"] = affine_left_out(told.entropy, measured, group)
-        rivals["perplexity, affine"] = affine_left_out(told.crossed.exp(), measured, group)
+        measured = outcomes.measured()
+        rivals["entropy, affine"] = affine_left_out(told.entropy[known], measured, group)
+        rivals["perplexity, affine"] = affine_left_out(told.crossed[known].exp(), measured, group)
     docs = evidence.aligned.doc
-    claims = _f2("F2a", told.ours, outcomes, docs, rivals)
-    good = probe.isfinite()
-    narrow = {name: guess[good] for name, guess in rivals.items()}
-    claims += _f2("F2b", probe[good], _subset(outcomes, good), docs, narrow)
-    claims[-1]["note"] = (claims[-1]["note"] + f" scale {scale:.2f}").strip()
-    return rows, claims
+    claims = _f2("F2a", told.ours[known], outcomes, docs, rivals)
+    guess, scale = probe[0][known], probe[1]
+    good = guess.isfinite()
+    narrow = {name: values[good] for name, values in rivals.items()}
+    theirs = _f2("F2b", guess[good], _subset(outcomes, good), docs, narrow)
+    theirs[0]["note"] += f"; scale {scale:.2f}"
+    return claims + theirs
 
 
 def _subset(outcomes: CellOutcomes, keep: Tensor) -> CellOutcomes:

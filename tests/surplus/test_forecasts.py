@@ -56,7 +56,8 @@ def test_a_chain_of_independent_depths_is_geometric() -> None:
 def test_a_tree_counts_every_branch() -> None:
     found = aligned().rounds("tree", [BUSH])
     assert found.tau == pytest.approx(1 + 0.8 + 0.1 + 0.64, rel=0.05)
-    assert found.alpha.tolist() == pytest.approx([0.9, 0.8, 0.0], abs=1e-6)
+    assert found.alpha[:2].tolist() == pytest.approx([0.9, 0.8], abs=1e-6)
+    assert bool(found.alpha[2].isnan())  # no shape drafts there
     both = aligned().rounds("tree", [BUSH, CHAIN])
     assert float(both.alpha[0]) == pytest.approx((0.9 + 0.8) / 2)
     assert float(both.alpha[1]) == pytest.approx(0.8)
@@ -67,6 +68,15 @@ def test_cells_follow_shape_and_depth() -> None:
     told = cell_forecasts(aligned(), keys, [BUSH])
     assert told.ours[:2].tolist() == pytest.approx([0.8, 0.9], rel=1e-6)
     assert float(told.ours[2]) == pytest.approx(1.0)  # q = p along the text: every sampled draft survives
+
+
+def test_a_domain_without_text_has_no_forecast() -> None:
+    keys = [CellKey("chain", 0, 1), CellKey("chain", 7, 1)]
+    assert cell_forecasts(aligned(), keys, [BUSH]).ours.isnan().tolist() == [False, True]
+    estimates = {2: Estimate(2, scores(0.4), {"n-gram": 1.0}, 0.0)}
+    found, scale = probe_forecasts(estimates, aligned(), torch.arange(ROWS) % 2, keys, [BUSH])
+    assert scale == pytest.approx(2.0, rel=1e-6)
+    assert found.isnan().tolist() == [False, True]
 
 
 def test_the_probe_gets_one_scale() -> None:

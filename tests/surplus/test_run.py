@@ -87,6 +87,16 @@ def test_forecasts_from_other_documents_are_near_the_engine(finished: tuple[Repo
     assert engine["sampled chain"]["tau_expected"] is None
 
 
+def test_a_domain_may_lie_among_the_outcomes_alone(target: Target, head: DraftHead, work: Path) -> None:
+    passages = tuple(make_passages(70, domains=tuple(f"d{i}" for i in range(70))))  # a prompt each
+    plan = replace(TINY_PLAN, nce=False, sigmas=(), depths=(2,), shapes={"chain": TINY_PLAN.shapes["chain"]})
+    values = run(Order(target, passages, plan, work, head, TAPS[:1])).values
+    assert len(values["domain_names"]) == 70
+    assert len(values["engine"]["chain"]["by_domain"]) == 28
+    assert values["prediction"]
+    assert {cell["predicted"] for cell in values["prediction"]} == {None}  # nothing foretells them
+
+
 def test_the_waterfall_adds_up(finished: tuple[Report, Path]) -> None:
     rows = finished[0].values["waterfall"]
     assert [row["depth"] for row in rows] == [2, 3]
