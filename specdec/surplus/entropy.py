@@ -64,9 +64,9 @@ class Calibration:
 
     Attributes:
         error: expected calibration error of max q against the p-mass of that token, in probability.
-        temperature: T minimising E CE(p, q_T); 1 is calibrated in this family, below 1 is under-confident.
+        temperature: T minimising E CE(p, q_T) on all rows; 1 is calibrated in this family, below 1 under-confident.
         divergence: E KL(p || q), nats.
-        divergence_fixed: the same after that temperature.
+        divergence_fixed: the same at that temperature, or at each half's other one.
         excess: E H(q) - E H(p), nats; the paper's remark says it is positive.
         residual: (E H(q_T) - E H(p)) - E KL(p || q_T), nats: what no temperature repairs.
     """
@@ -121,25 +121,26 @@ def best_temperature(log_p: Tensor, log_q: Tensor, steps: int = 40) -> float:
     return float(torch.tensor((low + high) / 2).exp())
 
 
-def calibrate(log_p: Tensor, log_q: Tensor, *, held: Tensor | None = None) -> Calibration:
+def calibrate(log_p: Tensor, log_q: Tensor, *, half: Tensor | None = None) -> Calibration:
     """Calibration of q.
 
     Args:
-        held: optional bool [n]; the temperature is fitted on the other rows and everything reported on these.
+        half: optional bool [n], neither side empty; each side is then read at the temperature that suits the other,
+            so that no row is tempered by what was fitted on itself.
     """
-    fit = slice(None) if held is None else ~held
-    read = slice(None) if held is None else held
-    temperature = best_temperature(log_p[fit], log_q[fit])
-    p, q = log_p[read], log_q[read]
-    fixed = heated(q, temperature)
-    raw, after = crossing(p, q), crossing(p, fixed)
-    top = q.max(-1)
-    mass = p.gather(1, top.indices[:, None])[:, 0].exp()
+    temperature = best_temperature(log_p, log_q)
+    fixed = heated(log_q, temperature)
+    if half is not None:
+        for side in (half, ~half):
+            fixed[side] = heated(log_q[side], best_temperature(log_p[~side], log_q[~side]))
+    raw, after = crossing(log_p, log_q), crossing(log_p, fixed)
+    top = log_q.max(-1)
+    mass = log_p.gather(1, top.indices[:, None])[:, 0].exp()
     return Calibration(
         error=calibration_error(top.values.exp(), mass),
         temperature=temperature,
         divergence=float(raw.divergence.mean()),
         divergence_fixed=float(after.divergence.mean()),
-        excess=float((shannon(q) - raw.entropy).mean()),
+        excess=float((shannon(log_q) - raw.entropy).mean()),
         residual=float((shannon(fixed) - after.entropy - after.divergence).mean()),
     )

@@ -345,16 +345,23 @@ class _Run:
     def _score_head(self, head: DraftHead) -> dict[int, DraftRows]:
         c = self.material.captured
         columns = tuple(c.layers.index(layer) for layer in head.config.taps)
-        every = -(-c.ids.shape[0] // self.plan.head_rows)
         settings = ReadSettings(columns, self.plan.draft_depth, self.material.lumping)
         reader = HeadReader(head, self.target.embed, c.head, settings)
+        chosen = self._scored()
         first, parts, total = 0, [], len(self.roles.predictors)
         for number, document in enumerate(documents(self.text, self.manifest)):
-            if number % every == 0:  # whole documents, so that the engine's rounds can be followed
+            if document.doc in chosen:
                 parts.append(reader.read(document, first))
             first += document.ids.shape[0] - document.start
             self.say("head", number + 1, total)
         return gather(parts)
+
+    def _scored(self) -> set[int]:
+        """Whole documents, so that the engine's rounds can be followed, of every domain alike: about `head_rows`."""
+        c = self.material.captured
+        share = self.plan.head_rows / c.ids.shape[0]
+        found = torch.unique(c.doc) if share >= 1 else split_roles(c.doc, outcome=share, domain=c.domain)[1]
+        return set(found.tolist())
 
     def _numbered(self) -> list[tuple[int, int, Passage]]:
         """Outcome passages with numbers that no captured document has."""

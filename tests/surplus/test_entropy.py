@@ -75,9 +75,18 @@ def test_entropy_excess_of_a_calibrated_coarse_draft_is_its_divergence() -> None
 def test_an_overconfident_draft_breaks_the_sign_and_temperature_repairs_it() -> None:
     p = law(2000, 6, seed=3)
     coarse = p.exp().view(500, 4, 6).mean(1, keepdim=True).expand(-1, 4, -1).reshape(2000, 6)
-    loud = calibrate(p, heated(coarse.log(), 0.25), held=torch.arange(2000) % 8 < 4)
+    loud = calibrate(p, heated(coarse.log(), 0.25), half=torch.arange(2000) % 8 < 4)
     assert loud.excess < 0
     assert loud.error > 0.1
     assert loud.temperature == pytest.approx(4.0, rel=0.1)
     assert loud.divergence_fixed < loud.divergence
     assert abs(loud.residual) < 0.15 * loud.divergence_fixed
+
+
+def test_no_half_is_tempered_by_what_suits_itself() -> None:
+    p, half = law(400), torch.arange(400) < 200
+    q = torch.where(half[:, None], heated(p, 0.5), heated(p, 2.0))
+    crossed, plain = calibrate(p, q, half=half), calibrate(p, q)
+    assert crossed.temperature == plain.temperature
+    assert crossed.divergence_fixed > crossed.divergence  # what suits one half is wrong for the other
+    assert plain.divergence_fixed <= plain.divergence

@@ -107,6 +107,20 @@ def test_the_waterfall_adds_up(finished: tuple[Report, Path]) -> None:
     assert waterfall({}, {}, {}, TINY_PLAN) == []
 
 
+def test_a_share_of_the_documents_is_scored_and_calibrated_whichever_it_is(
+    target: Target, head: DraftHead, work: Path
+) -> None:
+    """Every other document was taken: even numbers alone, and no others to fit a temperature on."""
+    chain = {"chain": TINY_PLAN.shapes["chain"]}
+    plan = replace(TINY_PLAN, head_rows=420, rotations=3, nce=False, sigmas=(), depths=(2,), shapes=chain)
+    found = run(replace(order(target, work, head), plan=plan))
+    scored = next(columns for label, columns in found.rows if label == {"source": "head", "depth": 2})
+    assert 0.8 * 420 < len(scored["doc"]) < 1.2 * 420 < 0.65 * found.values["rows"]
+    for row in found.values["calibration"]:
+        assert 0.2 < row["temperature"] < 10
+        assert row["gap_tempered"] < row["gap"]["value"]
+
+
 def test_every_claim_has_a_verdict_and_a_random_head_holds_no_great_one(
     finished: tuple[Report, Path],
 ) -> None:
