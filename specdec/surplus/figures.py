@@ -68,8 +68,8 @@ def surplus_by_depth(values: Value) -> Drawn | None:
     first, last = cells[0], cells[-1]
     caption = (
         f"At k = {depths[0]} a probe recovers {_share(first)} of what the past knows beyond the next token, at "
-        f"k = {depths[-1]} {_share(last)}. The orange band is what a draft head cannot read off these taps: "
-        "where it widens, drafting deeper pays less."
+        f"k = {depths[-1]} {_share(last)}. The orange band is what the probe, with its size and its text, "
+        "does not read off these taps."
     )
     return saved(figure, "surplus", "Surplus and ceiling by depth", caption)
 

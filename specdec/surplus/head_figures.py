@@ -11,7 +11,7 @@ from specdec.surplus.values import Value
 TERMS = {"unrecoverable": "#8a8f98", "capacity": GAP, "training": HEAD, "drift": "#d55e00"}
 MARKS = {"chain": "o", "tree": "s", "sampled chain": "^"}
 NAMES = {
-    "unrecoverable": "not recoverable from the taps",
+    "unrecoverable": "not recoverable from the taps by a probe",
     "capacity": "capacity",
     "training": "training shortfall",
     "drift": "feature drift",
@@ -40,17 +40,34 @@ def waterfall(values: Value) -> Drawn | None:
     axes.set(xlabel="depth k", ylabel="gap (nats per token)", xticks=list(places))
     axes.set_xticklabels([str(row["depth"]) for row in rows])
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    worst = max(TERMS, key=lambda term: rows[0][term]["value"])
     caption = (
-        f"At k = {rows[0]['depth']} the largest part of the head's gap is {NAMES[worst]} "
-        f"({rows[0][worst]['value']:.3f} of {rows[0]['total']['value']:.3f} nats). {_ADVICE[worst]} "
-        "Terms are signed; at k > 2 the training term may be negative, because true features are fresher than h_t."
+        f"{why(values)} Terms are signed; at k > 2 the training term may be negative, because true features are "
+        "fresher than h_t."
     )
     return saved(figure, "waterfall", "Where the head's gap comes from", caption)
 
 
+def why(values: Value) -> str:
+    """Where the head's gap comes from and what to do about it, in sentences; "" without a head."""
+    rows = values["waterfall"]
+    if not rows:
+        return ""
+    first, last = rows[0], rows[-1]
+    total, training = first["total"]["value"], first["training"]
+    told = f"At k = {first['depth']} the head's own gap is {total:.3f} nats"
+    if training["high"] is not None and training["high"] < 0:
+        share = last["drift"]["value"] / last["total"]["value"]
+        return (
+            f"{told}, {-training['value']:.3f} below that of a small probe, which learned on this report's text alone: "
+            f"a probe's gap is no floor, and more text may still help. At k = {last['depth']} {100 * share:.0f}% of "
+            "the head's gap is feature drift, which more unrolled steps in training lower."
+        )
+    worst = max(TERMS, key=lambda term: first[term]["value"])
+    return f"{told}; its largest part, {first[worst]['value']:.3f}, is {NAMES[worst]}. {_ADVICE[worst]}"
+
+
 _ADVICE = {
-    "unrecoverable": "Other taps may help; a longer training will not.",
+    "unrecoverable": "Other taps may help, and more text where the learning curve still falls.",
     "capacity": "A larger head would pay.",
     "training": "More text, epochs or a better loss would pay before anything else.",
     "drift": "More unrolled steps in training would pay.",

@@ -13,6 +13,7 @@ from string import Template
 
 from specdec.surplus.drawing import Drawn
 from specdec.surplus.figures import overall_cells
+from specdec.surplus.head_figures import why
 from specdec.surplus.values import Value
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -31,6 +32,7 @@ def make_page(values: Value, figures: Sequence[Drawn]) -> str:
         figures="".join(_figure(each) for each in figures),
         claims=_claims(values),
         engine=_engine(values),
+        head=_head(values),
         taps=_taps(values),
         cells=_cells(values),
         checks=_checks(values),
@@ -62,7 +64,7 @@ def findings(values: Value) -> list[str]:
             f"a probe on layers {values['taps_used']} reads {show(first['surplus'])} of them and misses "
             f"{show(first['gap'])}."
         )
-    if values["taps"]:
+    if len(values["taps"]) > 1:
         best = values["taps"][0]
         own = next((row for row in values["taps"] if row["taps"] == values["taps_used"]), best)
         lines.append(
@@ -81,13 +83,12 @@ def findings(values: Value) -> list[str]:
             f"A head as good as the probe on layers {best['taps']} would emit about {best['tau']:.2f} tokens per "
             "forward with a chain."
         )
+    lines += [why(values)] if values["waterfall"] else []
     counted = {
         v: [c["name"] for c in values["claims"] if c["verdict"] == v] for v in ("holds", "fails", "undecided")
     }
-    lines.append(
-        "; ".join(f"{v}: {', '.join(names) or 'none'}" for v, names in counted.items()).capitalize() + "."
-    )
-    return lines
+    told = "; ".join(f"{verdict}: {', '.join(names) or 'none'}" for verdict, names in counted.items())
+    return [*lines, f"Claims. {told}."]
 
 
 def tiles(values: Value) -> list[tuple[str, str, str]]:
@@ -168,6 +169,21 @@ def _engine(values: Value) -> str:
             (shape, show(run["tau"], 3), f"{run['tau_predicted']:.3f}", _plain(run["tau_expected"]), alpha)
         )
     return table(("tree", "tau measured", "predicted", "expected under p", "alpha by depth"), rows)
+
+
+def _head(values: Value) -> str:
+    """By depth: the gap and its parts where the probes have that depth, calibration, and three kinds of acceptance."""
+    parts = {row["depth"]: row for row in values["waterfall"]}
+    met = {row["depth"] + 1: row for row in values.get("selection", [])}
+    rows = []
+    for row in values["calibration"]:
+        split, alpha = parts.get(row["depth"], {}), met.get(row["depth"], {})
+        terms = [show(split.get(name)) for name in ("unrecoverable", "capacity", "training", "drift")]
+        honest = [show(row["excess_entropy"]), _plain(row["temperature"]), show(row["coverage"])]
+        chances = [_plain(alpha.get(name)) for name in ("forced", "survivors", "rounds")]
+        rows.append((str(row["depth"]), show(row["gap"]), *terms, *honest, ", ".join(chances)))
+    names = ("k", "gap", "not recoverable", "capacity", "training", "drift", "H(q) - H(p)", "temperature")
+    return table((*names, "p of its vocabulary", "alpha on all text, survivors, rounds"), rows)
 
 
 def _taps(values: Value) -> str:

@@ -100,7 +100,7 @@ def comparable(a: Value, b: Value) -> list[str]:
 
 
 def changes(a: Value, b: Value) -> list[tuple[str, Value, Value, str]]:
-    """(name, a, b, word) of every number that both reports have: cells' gaps and surpluses, taps, the engine's tau.
+    """(name, a, b, word) of every number that both reports have: gaps and surpluses, of the head too, taps, tau.
 
     The word is "apart" where the intervals do not overlap, else "within noise"; runs are not paired.
     """
@@ -114,6 +114,9 @@ def _numbers(values: Value) -> dict[str, Value]:
         key = " ".join(f"{name} {level}" for name, level in cell["key"].items() if name != "taps")
         found |= {f"{what}, {key}": cell[what] for what in ("surplus", "gap")}
     found |= {f"gap of layers {row['taps']}": row["gap"] for row in values["taps"]}
+    for row in values["waterfall"]:
+        names = {"total": "gap", "training": "training", "drift": "drift"}
+        found |= {f"head's {name}, depth {row['depth']}": row[term] for term, name in names.items()}
     for shape, run in values["engine"].items():
         found[f"tau, {shape}"] = run["tau"]
         found |= {f"alpha({depth}), {shape}": each for depth, each in run["alpha"].items()}

@@ -128,6 +128,23 @@ def test_findings_quote_the_numbers() -> None:
     assert "layers 8 leave the smallest gap" in told
 
 
+def test_findings_say_why_the_head_is_where_it_is() -> None:
+    def told(**terms: float) -> str:
+        rows = [{"depth": k} | {name: number(value, 0.01) for name, value in terms.items()} for k in (2, 4)]
+        return " ".join(findings(values(waterfall=rows)))
+
+    text = told(unrecoverable=0.2, capacity=0.1, training=0.5, drift=0.0, total=0.8)
+    assert "own gap is 0.800 nats; its largest part, 0.500, is training shortfall. More text" in text
+    # A head that is ahead of the probes is not bounded by them, whatever their gap.
+    text = told(unrecoverable=1.8, capacity=0.0, training=-0.7, drift=0.4, total=1.5)
+    assert "0.700 below that of a small probe" in text
+    assert "At k = 4 27% of the head's gap is feature drift" in text
+    assert "holds: F1 raw; fails: none" in text  # names as the table has them
+    page = make_page(values(selection=[{"depth": 1, "forced": 0.31, "survivors": 0.31, "rounds": 0.26}]), [])
+    assert "<td>0.310, 0.310, 0.260</td>" in page
+    assert "<td>0.970 [0.870, 1.070]</td>" in page
+
+
 def test_numbers_and_tables() -> None:
     assert show(number(0.5)) == "0.500 [0.400, 0.600]"
     assert show(None) == "-"
@@ -201,6 +218,7 @@ def test_changes_are_apart_only_when_intervals_are() -> None:
     b["engine"] = {"chain": values()["engine"]["chain"] | {"tau": number(3.5)}}
     words = {name: word for name, _, _, word in changes(a, b)}
     assert words["tau, chain"] == "apart"
+    assert words["head's gap, depth 2"] == "within noise"
     assert words["gap, depth 2"] == "within noise"
     assert words["alpha(2), chain"] == "no interval"
     assert comparable(a, b) == ["temperature: 1.0 against 0.7"]
