@@ -13,16 +13,18 @@ from specdec.errors import RequestError
 from specdec.surplus.draft import DraftRows
 from specdec.surplus.estimate import Estimate
 from specdec.surplus.forecasts import Aligned
-from specdec.surplus.interval import resamples
+from specdec.surplus.interval import Interval, resamples
 from specdec.surplus.outcome import Measured
 from specdec.surplus.plan import Plan
 from specdec.surplus.recorder import TreeShape
 from specdec.surplus.values import Value, clean, number
 
 
-def predicted_tau(aligned: Aligned, plan: Plan, shapes: Sequence[TreeShape]) -> dict[str, float]:
-    """tau of every shape from predictor documents alone."""
-    return {name: aligned.rounds(name, shapes).tau for name in plan.shapes}
+def predicted_tau(aligned: Aligned, plan: Plan, shapes: Sequence[TreeShape]) -> dict[str, Interval]:
+    """tau of every shape from predictor documents alone, with its document interval."""
+    drawn = resamples(aligned.doc, draws=plan.draws, minimum=2)
+    each = {name: aligned.rounds(name, shapes) for name in plan.shapes}
+    return {name: drawn.ratio(rounds.tokens, rounds.start) for name, rounds in each.items()}
 
 
 def selection(aligned: Aligned, plan: Plan) -> list[Value]:
@@ -39,7 +41,7 @@ def selection(aligned: Aligned, plan: Plan) -> list[Value]:
     ]
 
 
-def engine_row(run: Measured, predicted: float, domains: Sequence[str]) -> Value:
+def engine_row(run: Measured, predicted: Interval, domains: Sequence[str]) -> Value:
     """The engine's counters of one tree shape, and what was predicted."""
     depths = [j for j in range(1, run.reached.shape[1] + 1) if float(run.reached[:, j - 1].sum()) > 0]
     rows: list[Value] = []
@@ -53,8 +55,9 @@ def engine_row(run: Measured, predicted: float, domains: Sequence[str]) -> Value
             rows.append({"domain": name, "documents": int(keep.sum()), "tau": tau})
     return {
         "tau": number(run.tau()),
-        "tau_predicted": clean(predicted),
-        "tau_expected": clean(float(run.expected.mean())),
+        "tau_predicted": clean(predicted.value),
+        "tau_predicted_interval": number(predicted),
+        "tau_expected": clean(float(run.expected @ run.rounds / run.rounds.sum())),
         "alpha": {str(j): number(run.alpha(j)) for j in depths},
         "by_domain": rows,
     }

@@ -75,7 +75,7 @@ def findings(values: Value) -> list[str]:
         error = abs(run["tau_predicted"] / run["tau"]["value"] - 1)
         lines.append(
             f"The engine emits {show(run['tau'], 2)} tokens per forward with a {shape}; predicted from other "
-            f"documents: {run['tau_predicted']:.2f} ({100 * error:.1f}% off)."
+            f"documents: {show(run['tau_predicted_interval'], 2)} ({100 * error:.1f}% off)."
         )
     if values["kind"] == "plan" and values["taps"]:
         best = values["taps"][0]
@@ -166,7 +166,7 @@ def _engine(values: Value) -> str:
             f"{each['value']:.3f}" for each in run["alpha"].values() if each["value"] is not None
         )
         rows.append(
-            (shape, show(run["tau"], 3), f"{run['tau_predicted']:.3f}", _plain(run["tau_expected"]), alpha)
+            (shape, show(run["tau"]), show(run["tau_predicted_interval"]), _plain(run["tau_expected"]), alpha)
         )
     return table(("tree", "tau measured", "predicted", "expected under p", "alpha by depth"), rows)
 

@@ -44,9 +44,14 @@ class Rounds:
         return (self.start @ self.won) / (self.start @ self.offered)
 
     @property
+    def tokens(self) -> Tensor:
+        """Expected tokens of the rounds that start at each context, bonus included, [n]."""
+        return self.start * (1 + self.won.sum(1))
+
+    @property
     def tau(self) -> float:
         """Tokens per round, bonus included."""
-        return 1 + float((self.start @ self.won).sum() / self.start.sum())
+        return float(self.tokens.sum() / self.start.sum())
 
 
 def deterministic_chain(depths: Sequence[DraftRows]) -> tuple[Tensor, Tensor, Tensor]:

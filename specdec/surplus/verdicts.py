@@ -18,7 +18,7 @@ from specdec.surplus.draft import DraftRows
 from specdec.surplus.entropy import Calibration, calibrate
 from specdec.surplus.estimate import Estimate
 from specdec.surplus.forecasts import Aligned, CellForecasts, cell_forecasts, probe_forecasts
-from specdec.surplus.interval import bootstrap, resamples
+from specdec.surplus.interval import Interval, bootstrap, resamples
 from specdec.surplus.outcome import CellKey, Measured, cell_outcomes
 from specdec.surplus.plan import Plan
 from specdec.surplus.recorder import TreeShape
@@ -39,7 +39,7 @@ class Evidence:
         domain_of_row: int64 [T] of the captured rows.
         domains: names, of predictors and outcomes.
         measured: engine runs on outcome documents, by shape.
-        tau: predicted tau by shape.
+        tau: predicted tau by shape, with its interval over predictor documents.
         shapes: trees sampled on predictor documents.
         plan: budget.
     """
@@ -50,7 +50,7 @@ class Evidence:
     domain_of_row: Tensor
     domains: tuple[str, ...]
     measured: dict[str, Measured]
-    tau: Mapping[str, float]
+    tau: Mapping[str, Interval]
     shapes: Sequence[TreeShape]
     plan: Plan
 

@@ -33,7 +33,8 @@ def values(**changes: Any) -> Value:
     """A report with a head, every part present."""
     depths = {"1": number(0.6), "2": {"value": None, "low": None, "high": None, "n": 0, "documents": 20}}
     run = {
-        "tau": number(2.5), "tau_predicted": 2.4, "tau_expected": None, "alpha": depths,
+        "tau": number(2.5), "tau_predicted": 2.4, "tau_predicted_interval": number(2.4), "tau_expected": None,
+        "alpha": depths,
         "by_domain": [{"domain": "maths", "documents": 20, "tau": number(2.6)},
                       {"domain": "<b>", "documents": 1, "tau": None}],
     }  # fmt: skip
@@ -124,7 +125,7 @@ def test_a_plan_draws_what_it_has() -> None:
 def test_findings_quote_the_numbers() -> None:
     told = " ".join(findings(values()))
     assert "2.50 [2.40, 2.60] tokens per forward with a chain" in told
-    assert "4.0% off" in told
+    assert "2.40 [2.30, 2.50] (4.0% off)" in told
     assert "layers 8 leave the smallest gap" in told
 
 

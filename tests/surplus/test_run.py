@@ -10,7 +10,9 @@ from tiny_report import TINY_PLAN, make_passages
 from specdec.errors import MismatchError, RequestError
 from specdec.head.model import DraftHead
 from specdec.surplus import measure
-from specdec.surplus.account import waterfall
+from specdec.surplus.account import engine_row, waterfall
+from specdec.surplus.interval import Interval
+from specdec.surplus.outcome import Measured
 from specdec.surplus.run import Order, Report, assign_roles, run, tap_sets_of
 from specdec.target.protocol import Target
 
@@ -84,6 +86,9 @@ def test_forecasts_from_other_documents_are_near_the_engine(finished: tuple[Repo
         assert row["tau_predicted"] == pytest.approx(row["tau"]["value"], rel=0.12), shape
     for shape in ("chain", "tree"):
         assert engine[shape]["tau_expected"] == pytest.approx(engine[shape]["tau"]["value"], rel=0.05)
+        forecast = engine[shape]["tau_predicted_interval"]
+        assert forecast["low"] < engine[shape]["tau_predicted"] == forecast["value"] < forecast["high"]
+        assert forecast["documents"] == 42
     assert engine["sampled chain"]["tau_expected"] is None
 
 
@@ -95,6 +100,16 @@ def test_a_domain_may_lie_among_the_outcomes_alone(target: Target, head: DraftHe
     assert len(values["engine"]["chain"]["by_domain"]) == 28
     assert values["prediction"]
     assert {cell["predicted"] for cell in values["prediction"]} == {None}  # nothing foretells them
+
+
+def test_what_rounds_expect_is_a_mean_over_rounds_as_tau_is() -> None:
+    rounds, expected = torch.full((8,), 10.0).double(), torch.full((8,), 2.0).double()
+    rounds[0], expected[0] = 130.0, 1.1  # a document that drafts badly has many rounds
+    flat = torch.ones(8, 1, dtype=torch.float64)
+    emitted = rounds * expected
+    run = Measured(torch.arange(8), torch.zeros(8).long(), rounds, emitted, flat, flat, expected, flat, flat)
+    row = engine_row(run, Interval(1.4, 1.3, 1.5, 9, 9), ("maths",))
+    assert row["tau_expected"] == pytest.approx(row["tau"]["value"])
 
 
 def test_the_waterfall_adds_up(finished: tuple[Report, Path]) -> None:
