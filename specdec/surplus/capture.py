@@ -109,12 +109,17 @@ def target_head(target: Target, temperature: float) -> TargetHead:
     return TargetHead(target.output_embedding().cpu(), weight.detach().float().cpu(), eps, temperature)
 
 
+def digest(passages: Sequence[Passage]) -> str:
+    """Tells one choice of passages from another."""
+    told = json.dumps([(p.id, p.domain, p.prompt) for p in passages]).encode()
+    return hashlib.sha256(told).hexdigest()
+
+
 def manifest_of(target: Target, passages: Sequence[Passage], settings: CaptureSettings) -> Manifest:
     """What this capture will be, before it is made."""
-    told = json.dumps([(p.id, p.domain, p.prompt) for p in passages]).encode()
     return Manifest(
-        target=target.info.fingerprint,
-        passages=hashlib.sha256(told).hexdigest(),
+        target=f"{target.info.fingerprint} {target.info.dtype}",
+        passages=digest(passages),
         layers=settings.layers,
         domains=tuple(dict.fromkeys(p.domain for p in passages)),
         temperature=settings.temperature,

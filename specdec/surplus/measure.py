@@ -38,9 +38,10 @@ from specdec.surplus.rows import load_estimates, save_estimates
 from specdec.surplus.values import Value, cell_row, clean, number
 
 
-def estimate(material: Material, taps: TapSet, settings: EstimateSettings, path: Path) -> dict[int, Estimate]:
-    """E1 of one tap set, kept at `path` between runs."""
-    key = f"{name_of(taps)} {material.symbols_key} {settings}"
+def estimate(
+    material: Material, taps: TapSet, settings: EstimateSettings, path: Path, key: str
+) -> dict[int, Estimate]:
+    """E1 of one tap set, kept at `path` between runs; `key` names all that it depends on."""
     kept = load_estimates(path, key)
     if kept is None:
         c, started = material.captured, time.process_time()

@@ -26,6 +26,7 @@ from specdec.surplus.capture import (
     Passage,
     capture,
     check_layers,
+    digest,
     documents,
     load_captured,
     load_floor,
@@ -265,7 +266,8 @@ class _Run:
         path = self.stages / f"estimate-{kind}-{name_of(taps)}.safetensors"
         settings = self.plan.estimate(ranking=ranking, small=small)
         self.say(f"probe {name_of(taps)} ({kind})", 0, 1)
-        found = measure.estimate(self.material, taps, settings, path)
+        key = f"{name_of(taps)} {self.material.symbols_key} {self.manifest} {settings}"
+        found = measure.estimate(self.material, taps, settings, path, key)
         self.say(f"probe {name_of(taps)} ({kind})", 1, 1)
         return found
 
@@ -370,7 +372,8 @@ class _Run:
 
     def _decode(self, head: DraftHead, name: str) -> Measured:
         path = self.stages / f"decoded-{name.replace(' ', '-')}.safetensors"
-        key = f"{self.manifest} {self.plan.shapes[name]} {head.config} {_weights_key(head)}"
+        asked = f"{self.manifest} {digest(self.roles.outcomes)}"
+        key = f"{asked} {self.plan.shapes[name]} {head.config} {_weights_key(head)}"
         kept = load_tensors(path)
         if kept is not None and kept[1].get("key") == key:
             return Measured(**kept[0])

@@ -30,7 +30,7 @@ class Manifest:
     """What a capture is of; two captures with equal manifests are interchangeable.
 
     Attributes:
-        target: fingerprint.
+        target: fingerprint and number format.
         passages: hash of all prompts with their ids and domains.
         layers: tapped, in the order of the columns.
         domains: a name per domain index.
@@ -101,10 +101,9 @@ def open_directory(directory: Path, manifest: Manifest) -> None:
         ours, theirs = getattr(manifest, field.name), getattr(found, field.name)
         if ours != theirs:
             raise MismatchError(
-                "holds the capture of another run",
-                field=f"{directory.name}: {field.name}",
-                value=theirs,
-                allowed=str(ours),
+                f"holds the capture of another run: {field.name} is {theirs}, not {ours}",
+                field="work",
+                value=str(directory),
                 remedy="Choose another working directory, or delete this one.",
             )
 

@@ -16,10 +16,11 @@ from specdec.surplus.capture import (
     documents,
     load_captured,
     load_floor,
+    manifest_of,
     target_head,
 )
 from specdec.surplus.contract import TargetHead
-from specdec.surplus.shards import shard_path
+from specdec.surplus.shards import open_directory, shard_path
 from specdec.surplus.windows import windowed
 from specdec.target.protocol import Target
 
@@ -113,6 +114,11 @@ def test_another_capture_is_refused_by_the_first_field_that_differs(target: Targ
         capture(target, make_passages(6), replace(SETTINGS, temperature=0.7), work)
     with pytest.raises(MismatchError, match="passages"):
         capture(target, make_passages(6, seed=1), SETTINGS, work)
+    told = manifest_of(target, make_passages(6), SETTINGS)
+    narrow = replace(told, target=told.target.replace("float32", "bfloat16"))  # the same weights, rounded
+    assert narrow != told
+    with pytest.raises(MismatchError, match=r"another run: target is .* not .*bfloat16"):
+        open_directory(work, narrow)
 
 
 def test_bad_input(target: Target, work: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,22 @@ def test_a_second_run_computes_no_probe_again(
     monkeypatch.setattr(measure, "fit_critic", never)
     again = run(order(target, work, head))
     assert again.values == report.values
+
+
+def test_nothing_is_kept_of_other_prompts(target: Target, head: DraftHead, work: Path) -> None:
+    chain = {"chain": TINY_PLAN.shapes["chain"]}
+    plan = replace(TINY_PLAN, nce=False, sigmas=(), depths=(2,), shapes=chain)
+    first = replace(order(target, work, head), plan=plan)
+    before = run(first).values
+    last = assign_roles(first.passages, plan, head=True).outcomes[-1]
+    other = replace(last, prompt=(90, 80, 70, 60))
+    changed = replace(first, passages=tuple(other if p == last else p for p in first.passages))
+    after = run(changed).values  # the captured text is the same, what the engine answers is not
+    assert after["cells"] == before["cells"]
+    assert after["engine"]["chain"]["tau"] != before["engine"]["chain"]["tau"]
+    shutil.rmtree(work / "capture")
+    again = run(replace(changed, seed=1)).values  # other text of the same prompts
+    assert again["cells"] != before["cells"]
 
 
 def test_without_a_head_it_is_a_plan(target: Target, work: Path) -> None:
