@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from specdec.head.model import DraftHead
-    from specdec.surplus.values import Value
     from specdec.target.protocol import Target
 
 EXAMPLES = """\
@@ -67,13 +66,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from specdec.cli.tables import compare, rank, self_check
+
     console = Console(stderr=True)
     if args.self_check:
         return self_check(console)
     if args.compare:
-        return compare(console, *args.compare)
+        return compare(*args.compare)
     if args.rank:
-        return rank(console, args.rank)
+        return rank(args.rank)
     if not args.prompts or args.out is None:
         raise RequestError(
             "needs --prompts and --out", field="report", remedy="Or --compare, --rank or --self-check."
@@ -84,14 +85,19 @@ def run(args: argparse.Namespace) -> int:
 def make(console: Console, args: argparse.Namespace) -> int:
     """The report itself."""
     from specdec.cli.passages import passages_of
+    from specdec.cli.tables import summary
     from specdec.places import check_writable
     from specdec.surplus import run as runs
     from specdec.surplus.plan import check_documents, plan_of
-    from specdec.surplus.write import check_out, write_report
+    from specdec.surplus.write import check_out, check_writers, write_report
     from specdec.target.load import load_target
 
-    check_out(args.out, force=args.force)
-    work = args.work or args.out.with_name(args.out.name + ".work")
+    check_writers()
+    out = (
+        args.out.resolve()
+    )  # "." has no name to put ".work" after, and a link cannot be replaced by a report
+    check_out(out, force=args.force)
+    work = args.work or out.with_name(out.name + ".work")
     check_writable(work, "work")
     dialogues = _dialogues(args.prompts)
     plan = plan_of(args.budget)
@@ -110,7 +116,7 @@ def make(console: Console, args: argparse.Namespace) -> int:
     with _Bars(console) as bars:
         report = runs.run(order, bars.say)
     report.values["told"] |= _cost(time.monotonic() - started)
-    page = write_report(report, args.out, force=args.force)
+    page = write_report(report, out, force=args.force)
     if args.work is None:
         _remove(work)
     summary(console, report.values)
@@ -118,7 +124,7 @@ def make(console: Console, args: argparse.Namespace) -> int:
     console.print(f"peak memory {told['peak memory (GiB)']} GiB, {told['minutes']} minutes", highlight=False)
     console.print(f"report: {page}", highlight=False)
     if args.json:
-        sys.stdout.write((args.out / "report.json").read_text(encoding="utf-8") + "\n")
+        sys.stdout.write((out / "report.json").read_text(encoding="utf-8") + "\n")
     return 0
 
 
@@ -242,85 +248,3 @@ def _remove(work: Path) -> None:
         shutil.rmtree(work / part, ignore_errors=True)
     with contextlib.suppress(OSError):  # not empty: somebody else's files
         work.rmdir()
-
-
-def summary(console: Console, values: Value) -> None:
-    """Findings and claims on the terminal."""
-    from rich.table import Table
-
-    from specdec.surplus.page import findings, show
-
-    for line in findings(values):
-        console.print(f"- {line}", highlight=False, markup=False)
-    table = Table(title="claims (95% document intervals)")
-    for name in ("claim", "number", "threshold", "verdict", "note"):
-        table.add_column(name, overflow="fold")
-    colours = {"holds": "green", "fails": "red"}
-    for claim in values["claims"]:
-        verdict = claim["verdict"] + (" *" if claim["impressive"] else "")
-        style = colours.get(claim["verdict"], "dim")
-        table.add_row(
-            claim["name"], show(claim["number"]).replace("[", r"\["), claim["threshold"],
-            f"[{style}]{verdict}[/{style}]", claim["note"].replace("[", r"\["),
-        )  # fmt: skip
-    console.print(table)
-
-
-def compare(console: Console, left: Path, right: Path) -> int:
-    """Two reports side by side."""
-    from rich.table import Table
-
-    from specdec.surplus.page import show
-    from specdec.surplus.write import changes, comparable, read_report
-
-    a, b = read_report(left), read_report(right)
-    for line in comparable(a, b):
-        console.print(f"differs: {line}", highlight=False, markup=False, style="yellow")
-    table = Table(title="A against B (intervals that do not overlap are apart)")
-    for name in ("number", "A", "B", ""):
-        table.add_column(name, overflow="fold")
-    for name, ours, theirs, word in changes(a, b):
-        row = (name, show(ours), show(theirs))
-        table.add_row(
-            *(cell.replace("[", r"\[") for cell in row), word, style="bold" if word == "apart" else ""
-        )
-    console.print(table)
-    return 0
-
-
-def rank(console: Console, paths: Sequence[Path]) -> int:
-    """F3 from a plan report and the reports of trained heads, for every tree shape they share."""
-    from specdec.surplus.page import show
-    from specdec.surplus.ranked import f3, gaps_of, lengths_of
-    from specdec.surplus.write import read_report
-
-    plan, *heads = (read_report(path) for path in paths)
-    shapes = set.intersection(*(set(head["engine"]) for head in heads)) if heads else set()
-    if not shapes:
-        raise RequestError(
-            "needs reports of heads after the plan", field="rank", value=len(heads), allowed=">= 6"
-        )
-    for shape in sorted(shapes):
-        claim = f3(gaps_of(plan), lengths_of(heads, shape))
-        line = f"F3, {shape}: Kendall {show(claim['number'])} ({claim['threshold']}): {claim['verdict']}"
-        console.print(line, highlight=False, markup=False)
-    return 0
-
-
-def self_check(console: Console) -> int:
-    """The closed-form controls: 0 when all pass, 1 when one fails."""
-    from rich.table import Table
-
-    from specdec.surplus import controls
-
-    with console.status("running the closed-form controls"):
-        checks = controls.self_check()
-    table = Table(title="controls with a known answer")
-    for name in ("control", "expected", "measured", "tolerance", ""):
-        table.add_column(name)
-    for check in checks:
-        word = "[green]passed[/green]" if check.passed else "[red]FAILED[/red]"
-        numbers = (f"{value:.4f}" for value in (check.expected, check.measured, check.tolerance))
-        table.add_row(check.name, *numbers, word)
-    console.print(table)
-    return 0 if all(check.passed for check in checks) else 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from specdec.errors import RequestError
+from specdec.errors import MismatchError, RequestError
 from specdec.surplus.claims import claim_f3
 from specdec.surplus.values import Value, claim_row
 
@@ -42,6 +42,22 @@ def f3(gaps: Mapping[str, Value], lengths: Mapping[str, Value], *, seed: int = 0
     columns = [_draws([table[name] for name in names], generator) for table in (gaps, lengths)]
     row = claim_row(claim_f3(columns[0], columns[1]))
     return row | {"note": f"{len(names)} tap sets; intervals drawn from each number's own"}
+
+
+def check_alike(plan: Value, heads: Sequence[Value]) -> None:
+    """Raises MismatchError where a head's report is of another target or temperature than the plan."""
+    for head in heads:
+        alike = head["target"]["fingerprint"] == plan["target"]["fingerprint"]
+        if not alike or head["temperature"] != plan["temperature"]:
+            ours, theirs = (
+                f"{each['target']['name']} at temperature {each['temperature']:g}" for each in (plan, head)
+            )
+            raise MismatchError(
+                f"the head on layers {head['taps_used']} is not of the plan's target and temperature",
+                field="rank",
+                value=theirs,
+                allowed=ours,
+            )
 
 
 def lengths_of(reports: Sequence[Value], shape: str) -> dict[str, Value]:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError
+from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError, UnsupportedError
 from specdec.places import check_writable
 from specdec.surplus.figures import draw_all
 from specdec.surplus.page import make_page
 from specdec.surplus.rows import write_parquet
 from specdec.surplus.run import Report
 from specdec.surplus.values import VERSION, Value
+
+
+def check_writers() -> None:
+    """Raises UnsupportedError where what draws figures or writes rows is not installed."""
+    for package in ("matplotlib", "pyarrow"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise UnsupportedError(
+                f"needs {package}", field="report", remedy="pip install 'specdec[report]'"
+            ) from error
 
 
 def check_out(out: Path, *, force: bool) -> None:

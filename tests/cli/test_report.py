@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_report_from_the_command_line(
-    small: None, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: None,
+    target: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = [prompts(tmp_path / f"{name}.jsonl", 25) for name in ("songs", "maths")]
     out = tmp_path / "out"
@@ -72,7 +77,12 @@ def test_a_plan_report_from_the_command_line(
     assert specdec(*words) == 2  # the report exists
     assert "exists already" in capsys.readouterr().err
     assert specdec("--compare", out, out / "report.json") == 0
-    assert "within noise" in capsys.readouterr().err
+    assert "within noise" in capsys.readouterr().out
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.chdir(out)
+    for place in (".", tmp_path / "link"):
+        assert specdec("--target", target, "--prompts", *files, "--out", place, "--force") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "maths.jsonl", "out", "songs.jsonl"]
 
 
 def test_refusals_come_before_the_work(
@@ -92,6 +102,23 @@ def test_refusals_come_before_the_work(
     assert specdec(*words, "--head", "auto") == 2
     assert "no head ships" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "pyarrow"])
+def test_what_writes_a_report_is_asked_for_before_the_work(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # how Python marks what is not there
+    words = (
+        "--target",
+        "no-such-model",
+        "--prompts",
+        prompts(tmp_path / "a.jsonl", 70),
+        "--out",
+        tmp_path / "a",
+    )
+    assert specdec(*words) == 2
+    assert f"needs {package}" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_a_target_is_looked_for(
@@ -144,7 +171,7 @@ def test_the_self_check_exits_1_when_a_control_fails(
     checks = [Check(f"control {i}", 0.0, 0.5, 0.1, each) for i, each in enumerate(passed)]
     monkeypatch.setattr(controls, "self_check", lambda: checks)
     assert specdec("--self-check") == code
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert "0.5000" in told
     assert ("FAILED" in told) == bool(code)
 
@@ -159,7 +186,13 @@ def test_rank_orders_trained_heads_by_a_plan(tmp_path: Path, capsys: pytest.Capt
         return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9, "documents": 9}
 
     def report(name: str, **values: Any) -> Path:
-        (tmp_path / name).write_text(json.dumps({"version": VERSION, "cells": [], **values}))
+        shared = {
+            "version": VERSION,
+            "cells": [],
+            "target": {"name": "t", "fingerprint": "f"},
+            "temperature": 1.0,
+        }
+        (tmp_path / name).write_text(json.dumps({**shared, **values}))
         return tmp_path / name
 
     gaps = [{"taps": str(i), "gap": number(0.1 + 0.1 * i)} for i in range(6)]
@@ -167,9 +200,16 @@ def test_rank_orders_trained_heads_by_a_plan(tmp_path: Path, capsys: pytest.Capt
     heads = [report(f"{i}.json", engine={"chain": {"tau": number(3 - 0.2 * i)}}, taps_used=str(i))
              for i in range(6)]  # fmt: skip
     assert specdec("--rank", plan_report, *heads) == 0
-    assert "F3, chain: Kendall 1.0" in capsys.readouterr().err
+    assert "F3, chain: Kendall 1.0" in capsys.readouterr().out
     assert specdec("--rank", plan_report) == 2
     assert "needs reports of heads after the plan" in capsys.readouterr().err
+    assert specdec("--rank", *heads, plan_report) == 2
+    assert "plan.json" in capsys.readouterr().err
+    engine = {"chain": {"tau": number(2)}}
+    for other in ({"target": {"name": "u", "fingerprint": "g"}}, {"temperature": 0.7}):
+        stranger = report("stranger.json", engine=engine, taps_used="5", **other)
+        assert specdec("--rank", plan_report, *heads[:5], stranger) == 2
+        assert "layers 5 is not of the plan's target and temperature" in capsys.readouterr().err
 
 
 def test_the_options_are_these() -> None:
