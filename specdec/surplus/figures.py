@@ -115,10 +115,14 @@ def tap_ranking(values: Value) -> Drawn | None:
     axes.invert_yaxis()
     axes.set(xlabel="probe gap Δ (nats per token; smaller is better)", ylabel="tapped layers")
     best = rows[0]
-    close = [row["taps"] for row in rows[1:] if (row["gap"]["low"] or 0.0) <= (best["gap"]["high"] or 0.0)]
+    close = [row["taps"] for row in rows[1:] if (row["behind"]["low"] or 0.0) <= 0]
     caption = (
         f"Layers {best['taps']} leave the least unrecovered. "
-        + (f"{len(close)} other sets overlap its interval: prefer the cheapest of them. " if close else "")
+        + (
+            f"Compared context by context, {len(close)} others are within noise of it: prefer the cheapest. "
+            if close
+            else ""
+        )
         + "The pink point is the set used in the rest of this report."
     )
     return saved(figure, "taps", "Tap sets ranked by probe gap", caption)

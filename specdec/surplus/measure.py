@@ -70,16 +70,22 @@ def cells(material: Material, taps: TapSet, estimates: Mapping[int, Estimate], p
 
 
 def ranking(material: Material, found: Mapping[TapSet, Mapping[int, Estimate]], plan: Plan) -> list[Value]:
-    """Tap sets from the smallest mean gap to the largest, with what a head on them may expect."""
+    """Tap sets from the smallest mean gap to the largest, with what a head on them may expect.
+
+    All are scored on the same contexts, some of which are hard for every one: `behind` is the distance to the best,
+    context by context, and its interval tells sets apart whose own intervals overlap.
+    """
+    gaps = {taps: torch.cat([each.scores.gap for each in told.values()]) for taps, told in found.items()}
+    best = min(gaps.values(), key=lambda gap: float(gap.mean()))
     rows = []
     for taps, estimates in found.items():
-        gaps = torch.cat([each.scores.gap for each in estimates.values()])
-        docs = torch.cat([each.scores.doc for each in estimates.values()])
+        drawn = resamples(torch.cat([each.scores.doc for each in estimates.values()]), draws=plan.draws)
         one = [resamples(e.scores.doc, draws=plan.draws).mean(e.scores.top[:, 0]) for e in estimates.values()]
         rows.append(
             {
                 "taps": name_of(taps),
-                "gap": number(resamples(docs, draws=plan.draws).mean(gaps)),
+                "gap": number(drawn.mean(gaps[taps])),
+                "behind": number(drawn.mean(gaps[taps] - best)),
                 "depths": sorted(estimates),
                 "alpha": {str(k): number(each) for k, each in zip(estimates, one, strict=True)},
                 "tau": clean(extended_tau([each.value for each in one], plan.draft_depth)),

@@ -69,7 +69,8 @@ def findings(values: Value) -> list[str]:
         own = next((row for row in values["taps"] if row["taps"] == values["taps_used"]), best)
         lines.append(
             f"Of {len(values['taps'])} tap sets, layers {best['taps']} leave the smallest gap "
-            f"({show(best['gap'])} nats); layers {own['taps']}, used here, leave {show(own['gap'])}."
+            f"({show(best['gap'])} nats); layers {own['taps']}, used here, leave {show(own['behind'])} more on the "
+            "same contexts."
         )
     for shape, run in values["engine"].items():
         error = abs(run["tau_predicted"] / run["tau"]["value"] - 1)
@@ -193,8 +194,10 @@ def _taps(values: Value) -> str:
         align, energy = (
             f"{row[name]:.3f}" if row[name] is not None else "-" for name in ("alignment", "energy")
         )
-        rows.append((row["taps"], show(row["gap"]), alpha, f"{row['tau']:.2f}", align, energy))
-    return table(("layers", "gap (nats)", "p of one child by k", "chain tau", "alignment", "Dirichlet"), rows)
+        gaps = (show(row["gap"]), show(row["behind"]))
+        rows.append((row["taps"], *gaps, alpha, f"{row['tau']:.2f}", align, energy))
+    names = ("layers", "gap (nats)", "behind the best, same contexts", "p of one child by k", "chain tau")
+    return table((*names, "alignment", "Dirichlet"), rows)
 
 
 def _cells(values: Value) -> str:

@@ -82,8 +82,9 @@ def lengths_of(reports: Sequence[Value], shape: str) -> dict[str, Value]:
 
 
 def gaps_of(plan: Value) -> dict[str, Value]:
-    """Probe gap of each tap set of a report."""
-    return {row["taps"]: row["gap"] for row in plan["taps"]}
+    """Probe gap of each tap set of a report, as its distance to the best where the report has that: all that an order
+    asks for, and with an interval that is not of the text they share."""
+    return {row["taps"]: row.get("behind", row["gap"]) for row in plan["taps"]}
 
 
 def _draws(numbers: Sequence[Value], generator: torch.Generator) -> Tensor:

@@ -49,10 +49,10 @@ def values(**changes: Any) -> Value:
         "bounds": {"cells": 3, "below": 1, "broken": ["depth 3 domain <b>"]},
         "permuted": {"surplus": number(0.01), "excess": number(0.02), "holds": True},
         "feature_error": [{"depth": 2, "share": number(-1.0), "kl": number(0.5), "size": number(0.6)}],
-        "taps": [{"taps": "8", "gap": number(0.2), "depths": [2], "alpha": {"2": number(0.7)}, "tau": 2.1,
-                  "alignment": None, "energy": 0.9},
-                 {"taps": "1+4+6", "gap": number(0.3), "depths": [2], "alpha": {"2": number(0.6)}, "tau": 2.0,
-                  "alignment": 3.0, "energy": 0.8}],
+        "taps": [{"taps": "8", "gap": number(0.2), "behind": number(0, 0), "depths": [2],
+                  "alpha": {"2": number(0.7)}, "tau": 2.1, "alignment": None, "energy": 0.9},
+                 {"taps": "1+4+6", "gap": number(0.3), "behind": number(0.1, 0.01), "depths": [2],
+                  "alpha": {"2": number(0.6)}, "tau": 2.0, "alignment": 3.0, "energy": 0.8}],
         "domains": [{"domain": "maths", "alpha": number(0.7), "tau": 2.0}],
         "geometry": {"bins": [{"entropy": "< 0.5 nats", "spectrum": [0.5, 0.3, 0.0], "effective_rank": number(3),
                                "participation": number(2), "anisotropy": number(9)}],
@@ -127,6 +127,9 @@ def test_findings_quote_the_numbers() -> None:
     assert "2.50 [2.40, 2.60] tokens per forward with a chain" in told
     assert "2.40 [2.30, 2.50] (4.0% off)" in told
     assert "layers 8 leave the smallest gap" in told
+    assert "layers 1+4+6, used here, leave 0.100 [0.090, 0.110] more" in told
+    taps = next(each for each in draw_all(values()) if each.name == "taps")
+    assert "within noise" not in taps.caption  # their own intervals overlap, the distance does not reach 0
 
 
 def test_findings_say_why_the_head_is_where_it_is() -> None:

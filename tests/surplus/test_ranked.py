@@ -38,4 +38,5 @@ def test_bad_input() -> None:
     assert lengths_of([head], "chain") == {"1": number(2, 0.1)}
     with pytest.raises(RequestError, match="two heads"):
         lengths_of([head, head], "chain")
-    assert gaps_of({"taps": [{"taps": "1", "gap": number(1, 0)}]}) == {"1": number(1, 0)}
+    old, new = {"taps": "1", "gap": number(1, 0)}, {"taps": "2", "gap": number(1, 0), "behind": number(0, 0)}
+    assert gaps_of({"taps": [old, new]}) == {"1": number(1, 0), "2": number(0, 0)}

@@ -186,6 +186,11 @@ def test_without_a_head_it_is_a_plan(target: Target, work: Path) -> None:
     gaps = [row["gap"]["value"] for row in values["taps"]]
     assert gaps == sorted(gaps)
     assert len(gaps) == 2
+    first, second = values["taps"]
+    assert (first["behind"]["low"], first["behind"]["high"]) == (0, 0)
+    assert second["behind"]["value"] == pytest.approx(gaps[1] - gaps[0], abs=1e-5)
+    paired, alone = (found["high"] - found["low"] for found in (second["behind"], second["gap"]))
+    assert paired < alone / 2  # what is hard for both is no difference
     assert {claim["verdict"] for claim in values["claims"]} == {"undecided"}
     assert {row["domain"] for row in values["domains"]} == {"maths", "talk"}
     assert values["engine"] == {}
