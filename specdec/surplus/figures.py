@@ -86,7 +86,7 @@ def by_domain(values: Value) -> Drawn | None:
     rows = values["domains"]
     if not rows:
         return None
-    figure, axes = canvas()
+    figure, axes = canvas(6.4, max(3.8, 1.4 + 0.32 * len(rows)))
     found = [row["alpha"] for row in rows]
     axes.barh(range(len(rows)), [v["value"] for v in found], xerr=whisker(found), color=SURPLUS)
     axes.set_yticks(range(len(rows)), [f"{row['domain']} (tau {row['tau']:.2f})" for row in rows])

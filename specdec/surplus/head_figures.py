@@ -110,9 +110,13 @@ def prediction(values: Value) -> Drawn | None:
 
 
 def measured_domains(values: Value) -> Drawn | None:
-    figure, axes = canvas()
+    """tau by domain, of those with documents enough for an interval."""
     runs = values["engine"]
-    names = values["domain_names"]
+    known = {row["domain"] for run in runs.values() for row in run["by_domain"] if row["tau"] is not None}
+    names = [name for name in values["domain_names"] if name in known]
+    if not names:
+        return None
+    figure, axes = canvas(6.4, max(3.8, 1.4 + 0.32 * len(names)))
     height = 0.8 / len(runs)
     for i, (shape, run) in enumerate(runs.items()):
         rows = [row for row in run["by_domain"] if row["tau"] is not None]

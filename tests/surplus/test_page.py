@@ -115,6 +115,24 @@ def test_figures_have_titles_captions_and_both_formats() -> None:
         assert len(each.caption) > 40
 
 
+def test_many_domains_have_room_and_those_without_a_number_none() -> None:
+    def height(svg: bytes) -> float:
+        return float(re.findall(rb'height="([0-9.]+)pt"', svg)[0])
+
+    def drawn(count: int, thin: int) -> list[bytes]:
+        names = [f"d{i}" for i in range(count + thin)]
+        rows = [{"domain": name, "documents": 9, "tau": number(2) if i < count else None}
+                for i, name in enumerate(names)]  # fmt: skip
+        runs = {"chain": values()["engine"]["chain"] | {"by_domain": rows}}
+        return [
+            each.svg for each in draw_all(values(engine=runs, domain_names=names)) if each.name == "domains"
+        ]
+
+    assert height(drawn(40, 0)[0]) > 2 * height(drawn(2, 0)[0])
+    assert height(drawn(2, 40)[0]) == height(drawn(2, 0)[0])
+    assert drawn(0, 40) == []
+
+
 def test_a_plan_draws_what_it_has() -> None:
     told = plan_values()
     assert [each.name for each in draw_all(told)] == ["surplus", "domains", "taps", "fisher"]
