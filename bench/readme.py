@@ -41,32 +41,31 @@ def _run(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table: one line per prompt set; drafters over our own plain loop, the last over transformers."""
+    """A markdown table, one line per prompt set: transformers, the last drafter, and what its factor is made of."""
     first = rows[0]
     cells = {(row["set"], row["system"]): row for row in rows}
     drafters = [s for s in dict.fromkeys(row["system"] for row in rows) if s in NAMES]
-    head = ["prompts", "transformers, tokens/s", "our plain loop, x transformers",
-            *(f"{NAMES[s]}, x plain" for s in drafters), "same, x transformers", "tau"]  # fmt: skip
+    head = ["prompts", "transformers, tokens/s", "specdec, tokens/s", "x transformers",
+            "our plain loop, x transformers", *(f"{NAMES[s]}, x plain" for s in drafters), "tau"]  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
     for name in [s for s in SETS if (s, "plain") in cells]:
-        line = {s: cells[name, s] for s in drafters}
-        last = line[drafters[-1]]
+        best = cells[name, drafters[-1]]
         lines.append(_line([
             name,
             _figure(cells.get((name, "transformers"), {}), "tokens_per_second", 1),
+            _figure(best, "tokens_per_second", 1),
+            _figure(best, "over_transformers"),
             _figure(cells[name, "plain"], "over_transformers"),
-            *(_figure(row, "over_plain") for row in line.values()),
-            _figure(last, "over_transformers"),
-            _figure(last, "tau"),
+            *(_figure(cells[name, s], "over_plain") for s in drafters),
+            _figure(best, "tau"),
         ]))  # fmt: skip
-    command = "specdec " + " ".join(first["argv"][1:])
     note = (
         f"{first['target']}, {first['dtype'].removeprefix('torch.')}, temperature {first['temperature']:g}, "
         f"{first['max_tokens']} new tokens, {first['prompts']} prompts a set, {first['machine']}, "
-        f"{first['threads']} threads, one process, systems in turn; ratios of tokens/s with prefill; intervals are in "
-        f"`bench/results/speed.jsonl`. `{command}`"
+        f"{first['threads']} threads, one process, systems in turn; tokens/s include the prefill. Intervals are in "
+        "`bench/results/speed.jsonl`, which this command wrote:"
     )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note, "", "```", "specdec " + " ".join(first["argv"][1:]), "```"])
 
 
 def _figure(row: dict[str, Any], key: str, digits: int = 2) -> str:
