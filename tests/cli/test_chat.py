@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,26 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.cli.main import main
-
 FAST = ["--dtype", "float32", "--device", "cpu", "--draft", "ngram", "--tree", "3/4/12"]
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Run:
-    """`specdec VERB MODEL ARGUMENTS`: exit code, stdout, stderr."""
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def verb(name: str, *words: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = main([name, str(model), *FAST, *words])
-        return code, *capsys.readouterr()
-
-    return verb
+def run(specdec: Run, model: Path) -> Run:
+    """`specdec VERB MODEL WORDS`."""
+    return lambda verb, *words, stdin=b"": specdec(verb, model, *FAST, *words, stdin=stdin)
 
 
 CHAT = ("chat", "--ignore-eos", "--max-length", "64")

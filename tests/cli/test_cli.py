@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specdec.cli.main import main
 from specdec.head.export import TargetNames, save_raw
 
 FAST = ["--dtype", "float32", "--device", "cpu", "--tree", "3/4/12", "--ignore-eos", "--max-tokens", "8"]
@@ -26,22 +24,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Run:
-    """`specdec generate MODEL ARGUMENTS`: exit code, stdout, stderr."""
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-
-    def generate(*words: str, target: Path | str = model, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        try:
-            code = main(["generate", str(target), *FAST, *words])
-        except SystemExit as end:  # argparse
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return generate
+def run(specdec: Run, model: Path) -> Run:
+    """`specdec generate TARGET WORDS`."""
+    return lambda *words, target=model, stdin=b"": specdec("generate", target, *FAST, *words, stdin=stdin)
 
 
 def _refused(answer: tuple[int, str, str], *told: str) -> None:

@@ -9,36 +9,25 @@ from typing import Any
 
 import engines
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from specdec.cli.main import main
 from specdec.head.checkpoint import open_head
 from specdec.head.export import TargetNames, save_raw
 
 Export = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("targets"))
-
-
 @pytest.fixture
-def head(target: Path, tmp_path: Path) -> Path:
+def head(model: Path, tmp_path: Path) -> Path:
     """In float32, and in a directory that names its target."""
-    made = engines.random_head(engines.load(target.parent, "llama", "lean"), range(20))
-    return save_raw(made, tmp_path / "head", target=TargetNames(str(target)), dtype=torch.float32)
+    made = engines.random_head(engines.load(model.parent, "llama", "lean"), range(20))
+    return save_raw(made, tmp_path / "head", target=TargetNames(str(model)), dtype=torch.float32)
 
 
 @pytest.fixture
-def export(capsys: pytest.CaptureFixture[str]) -> Export:
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        code = main(["export", *map(str, words)])
-        return code, *capsys.readouterr()
-
-    return run
+def export(specdec: Export) -> Export:
+    return lambda *words: specdec("export", *words)
 
 
 def edit(head: Path, **changes: Any) -> None:
@@ -68,17 +57,17 @@ def test_an_export_keeps_target_and_precision(
         assert tensor.dtype == after.head.state_dict()[name].dtype
 
 
-def test_a_head_that_names_no_target_needs_one_told(export: Export, head: Path, target: Path) -> None:
+def test_a_head_that_names_no_target_needs_one_told(export: Export, head: Path, model: Path) -> None:
     edit(head, specdec=None)
     code, _, err = export(head, "--out", head.parent / "out")
     assert code == 2 and "target: the head's files name no target" in err and "--target" in err
-    assert export(head, "--out", head.parent / "out", "--target", target)[0] == 0
+    assert export(head, "--out", head.parent / "out", "--target", model)[0] == 0
 
 
-def test_a_target_of_other_sizes_is_refused(export: Export, head: Path, target: Path, tmp_path: Path) -> None:
+def test_a_target_of_other_sizes_is_refused(export: Export, head: Path, model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    for file in target.iterdir():
+    for file in model.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     edit(other, vocab_size=127)
     code, _, err = export(head, "--out", tmp_path / "out", "--target", other)

@@ -10,7 +10,6 @@ from pathlib import Path
 import engines
 import pytest
 
-from specdec.cli.main import main
 from specdec.cli.screen import Screen
 from specdec.head.export import TargetNames, save_raw
 
@@ -18,16 +17,8 @@ Inspect = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def inspect(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Inspect:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        code = main(["inspect", str(model), "--dtype", "float32", "--device", "cpu", *map(str, words)])
-        return code, *capsys.readouterr()
-
-    return run
+def inspect(specdec: Inspect, model: Path) -> Inspect:
+    return lambda *words: specdec("inspect", model, "--dtype", "float32", "--device", "cpu", *words)
 
 
 def test_a_target_without_a_head_is_told_so(inspect: Inspect, model: Path) -> None:

@@ -1,12 +1,15 @@
+"""`specdec report`: refusals before the work, a plan from two files, comparisons, and the self-check's exit code."""
+
+from __future__ import annotations
+
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
-import tiny
 from rich.console import Console
 from tiny_report import TINY_PLAN
 
@@ -18,6 +21,8 @@ from specdec.surplus.controls import Check
 from specdec.surplus.write import VERSION
 from specdec.target.load import load_target
 
+Report = Callable[..., tuple[int, str, str]]
+
 
 def prompts(path: Path, count: int) -> str:
     rows = [{"id": f"q{i}", "prompt": f"tell me {i} {path.stem}"} for i in range(count)]
@@ -25,13 +30,9 @@ def prompts(path: Path, count: int) -> str:
     return str(path)
 
 
-def specdec(*words: str | Path) -> int:
-    return main.main(["report", *map(str, words)])
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("target"))
+@pytest.fixture
+def report(specdec: Report) -> Report:
+    return lambda *words: specdec("report", *words)
 
 
 @pytest.fixture
@@ -41,99 +42,76 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_report_from_the_command_line(
-    small: None,
-    target: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    small: None, report: Report, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [prompts(tmp_path / f"{name}.jsonl", 25) for name in ("songs", "maths")]
     out = tmp_path / "out"
-    words = (
-        "--target",
-        target,
-        "--prompts",
-        *files,
-        "--out",
-        out,
-        "--taps",
-        "1,4,6",
-        "--taps",
-        "8",
-        "--json",
-    )
-    assert specdec(*words) == 0
-    told = capsys.readouterr()
-    values = json.loads(told.out)
+    words = ("--target", model, "--prompts", *files, "--out", out, "--taps", "1,4,6", "--taps", "8", "--json")
+    code, printed, told = report(*words)
+    assert code == 0, told
+    values = json.loads(printed)
     assert values["kind"] == "plan"
     assert values["domain_names"] == ["songs", "maths"]
-    assert str(tmp_path) not in values["told"]["command"].replace(str(target), "")
+    assert str(tmp_path) not in values["told"]["command"].replace(str(model), "")
     for options in ("--taps 1,4,6 --taps 8", "--dtype float32 --device cpu"):
         assert options in values["told"]["command"]
-    assert "tap sets" in told.err
-    assert "claims" in told.err
+    assert "tap sets" in told
+    assert "claims" in told
     assert (out / "report.html").is_file()
     assert not (tmp_path / "out.work").exists()
-    assert specdec(*words) == 2  # the report exists
-    assert "exists already" in capsys.readouterr().err
-    assert specdec("--compare", out, out / "report.json") == 0
-    assert "within noise" in capsys.readouterr().out
+    _refused(report(*words), "exists already")
+    code, printed, _ = report("--compare", out, out / "report.json")
+    assert code == 0 and "within noise" in printed
     (tmp_path / "link").symlink_to(out)
     monkeypatch.chdir(out)
     for place in (".", tmp_path / "link"):
-        assert specdec("--target", target, "--prompts", *files, "--out", place, "--force") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "maths.jsonl", "out", "songs.jsonl"]
+        code, _, told = report("--target", model, "--prompts", *files, "--out", place, "--force")
+        assert code == 0, told
+    kept = {"link", "maths.jsonl", "out", "songs.jsonl"}
+    assert kept <= {path.name for path in tmp_path.iterdir()}
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".work")]
 
 
-def test_refusals_come_before_the_work(
-    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _refused(answer: tuple[int, str, str], told: str) -> None:
+    code, _, err = answer
+    assert code == 2 and told in err
+
+
+def test_refusals_come_before_the_work(report: Report, model: Path, tmp_path: Path) -> None:
     few = prompts(tmp_path / "few.jsonl", 3)
-    assert specdec("--target", target, "--prompts", few, "--out", tmp_path / "a") == 2
-    assert "40 prompts are needed" in capsys.readouterr().err
-    assert specdec("--out", tmp_path / "a") == 2
-    assert "needs --prompts and --out" in capsys.readouterr().err
+    _refused(report("--target", model, "--prompts", few, "--out", tmp_path / "a"), "40 prompts are needed")
+    _refused(report("--out", tmp_path / "a"), "needs --prompts and --out")
     enough = prompts(tmp_path / "enough.jsonl", 70)
-    words = ("--target", target, "--prompts", enough, "--out", tmp_path / "a")
-    assert specdec(*words, "--taps", "1,99") == 2
-    assert "no such layer" in capsys.readouterr().err
-    assert specdec(*words, "--temperature", "0") == 2
-    assert "greedy" in capsys.readouterr().err
-    assert specdec(*words, "--head", "auto") == 2
-    assert "no head ships" in capsys.readouterr().err
+    words = ("--target", model, "--prompts", enough, "--out", tmp_path / "a")
+    _refused(report(*words, "--taps", "1,99"), "no such layer")
+    _refused(report(*words, "--temperature", "0"), "greedy")
+    _refused(report(*words, "--head", "auto"), "no head ships")
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "pyarrow"])
 def test_what_writes_a_report_is_asked_for_before_the_work(
-    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    package: str, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # how Python marks what is not there
-    words = (
-        "--target",
-        "no-such-model",
-        "--prompts",
-        prompts(tmp_path / "a.jsonl", 70),
-        "--out",
-        tmp_path / "a",
-    )
-    assert specdec(*words) == 2
-    assert f"needs {package}" in capsys.readouterr().err
+    enough = prompts(tmp_path / "a.jsonl", 70)
+    answer = report("--target", "no-such-model", "--prompts", enough, "--out", tmp_path / "a")
+    _refused(answer, f"needs {package}")
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_a_target_is_looked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    report: Report, tmp_path: Path
 ) -> None:
     enough, file = prompts(tmp_path / "enough.jsonl", 70), tmp_path / "file"
     file.touch()
     for words in (("--out", file / "a"), ("--out", tmp_path / "new" / "a", "--work", file)):
-        assert specdec("--target", "no-such-model", "--prompts", enough, *words) == 2
-        assert "is no directory to write into" in capsys.readouterr().err
+        answer = report("--target", "no-such-model", "--prompts", enough, *words)
+        _refused(answer, "is no directory to write into")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["enough.jsonl", "file"]
 
 
-def test_rows_that_cannot_be_asked_are_named_and_left_out(target: Path) -> None:
-    loaded = load_target(str(target))
+def test_rows_that_cannot_be_asked_are_named_and_left_out(model: Path) -> None:
+    loaded = load_target(str(model))
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     loaded.tokenizer.chat_template = refusal + loaded.tokenizer.chat_template
     rows = [
@@ -153,39 +131,37 @@ def test_rows_that_cannot_be_asked_are_named_and_left_out(target: Path) -> None:
 
 
 def test_a_head_of_another_target_is_refused(
-    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    report: Report, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = engines.load(tmp_path, "qwen3", "lean")
     stranger = engines.random_head(other, range(3, 100))
     monkeypatch.setattr("specdec.head.checkpoint.load_head", lambda *_, **__: stranger)
     enough = prompts(tmp_path / "enough.jsonl", 70)
-    words = ("--target", target, "--prompts", enough, "--head", tmp_path / "head", "--out", tmp_path / "a")
-    assert specdec(*words) == 2
-    assert "trained on another target" in capsys.readouterr().err
+    words = ("--target", model, "--prompts", enough, "--head", tmp_path / "head", "--out", tmp_path / "a")
+    _refused(report(*words), "trained on another target")
 
 
 @pytest.mark.parametrize(("passed", "code"), [((True, True), 0), ((True, False), 1)])
 def test_the_self_check_exits_1_when_a_control_fails(
-    passed: Sequence[bool], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    passed: Sequence[bool], code: int, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = [Check(f"control {i}", 0.0, 0.5, 0.1, each) for i, each in enumerate(passed)]
     monkeypatch.setattr(controls, "self_check", lambda: checks)
-    assert specdec("--self-check") == code
-    told = capsys.readouterr().out
+    found, told, _ = report("--self-check")
+    assert found == code
     assert "0.5000" in told
     assert ("FAILED" in told) == bool(code)
 
 
-def test_compare_refuses_what_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert specdec("--compare", tmp_path / "a.json", tmp_path / "b.json") == 2
-    assert "cannot be read" in capsys.readouterr().err
+def test_compare_refuses_what_is_no_report(report: Report, tmp_path: Path) -> None:
+    _refused(report("--compare", tmp_path / "a.json", tmp_path / "b.json"), "cannot be read")
 
 
-def test_rank_orders_trained_heads_by_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rank_orders_trained_heads_by_a_plan(report: Report, tmp_path: Path) -> None:
     def number(value: float) -> dict[str, float]:
         return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9, "documents": 9}
 
-    def report(name: str, **values: Any) -> Path:
+    def written(name: str, **values: Any) -> Path:
         shared = {
             "version": VERSION,
             "cells": [],
@@ -196,20 +172,18 @@ def test_rank_orders_trained_heads_by_a_plan(tmp_path: Path, capsys: pytest.Capt
         return tmp_path / name
 
     gaps = [{"taps": str(i), "gap": number(0.1 + 0.1 * i)} for i in range(6)]
-    plan_report = report("plan.json", taps=gaps, engine={})
-    heads = [report(f"{i}.json", engine={"chain": {"tau": number(3 - 0.2 * i)}}, taps_used=str(i))
+    plan_report = written("plan.json", taps=gaps, engine={})
+    heads = [written(f"{i}.json", engine={"chain": {"tau": number(3 - 0.2 * i)}}, taps_used=str(i))
              for i in range(6)]  # fmt: skip
-    assert specdec("--rank", plan_report, *heads) == 0
-    assert "F3, chain: Kendall 1.0" in capsys.readouterr().out
-    assert specdec("--rank", plan_report) == 2
-    assert "needs reports of heads after the plan" in capsys.readouterr().err
-    assert specdec("--rank", *heads, plan_report) == 2
-    assert "plan.json" in capsys.readouterr().err
+    code, told, _ = report("--rank", plan_report, *heads)
+    assert code == 0 and "F3, chain: Kendall 1.0" in told
+    _refused(report("--rank", plan_report), "needs reports of heads after the plan")
+    _refused(report("--rank", *heads, plan_report), "plan.json")
     engine = {"chain": {"tau": number(2)}}
     for other in ({"target": {"name": "u", "fingerprint": "g"}}, {"temperature": 0.7}):
-        stranger = report("stranger.json", engine=engine, taps_used="5", **other)
-        assert specdec("--rank", plan_report, *heads[:5], stranger) == 2
-        assert "layers 5 is not of the plan's target and temperature" in capsys.readouterr().err
+        stranger = written("stranger.json", engine=engine, taps_used="5", **other)
+        _refused(report("--rank", plan_report, *heads[:5], stranger),
+                 "layers 5 is not of the plan's target and temperature")  # fmt: skip
 
 
 def test_the_options_are_these() -> None:
