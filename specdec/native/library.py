@@ -1,6 +1,6 @@
 """The C kernels of this package as a loaded library: compiled once for this processor, remembered in the cache.
 
-Plain C through the system's compiler, as triton and inductor do for their devices; about a second. Where there is no
+Plain C through the system's compiler, as triton and inductor do for their devices; some seconds. Where there is no
 compiler, or it fails, the library is None, torch's own operations do the work, and `why_not` tells the reason.
 """
 
@@ -88,7 +88,7 @@ def _built(compiler: str) -> Path:
     try:
         place = cache_root() / "native"
         place.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written costs a second at every start, no more
+    except OSError:  # a home that cannot be written costs some seconds at every start, no more
         place = Path(tempfile.mkdtemp(prefix="specdec-native-"))
     if (place / name).exists():
         return place / name
