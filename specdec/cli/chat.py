@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from specdec.cli.options import add_model, add_sampling, sampling_of, taps_of
+from specdec.cli.options import add_model, add_sampling, sampling_of
 from specdec.errors import RequestError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import open_decoder
 
     sampling = sampling_of(args)
-    decoder = open_decoder(args, draft=args.draft, taps=taps_of(args.taps))
+    decoder = open_decoder(args, draft=args.draft)
     console = Console(stderr=True, highlight=False)
     console.print(f"[dim]{HELP}[/dim]")
     start = [{"role": "system", "content": args.system}] if args.system else []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.cli.options import add_model, add_sampling, sampling_of, taps_of
+from specdec.cli.options import add_model, add_sampling, sampling_of
 from specdec.cli.prompts import Dialogue, read_dialogues, read_stdin
 from specdec.errors import RequestError
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     dialogues = list(_dialogues(args))
     from specdec.cli.session import open_decoder
 
-    decoder = open_decoder(args, draft="none" if args.plain else args.draft, taps=taps_of(args.taps))
+    decoder = open_decoder(args, draft="none" if args.plain else args.draft)
     code = 0
     for dialogue in dialogues:
         for row in _answers(decoder, dialogue, sampling, args):

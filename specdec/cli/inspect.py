@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from specdec.cli.options import add_model, taps_of
+from specdec.cli.options import add_model
 
 EXAMPLES = """\
 examples:
@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     from specdec.engine.build import LOOKUPS
     from specdec.generate import SpecDecoder
 
-    taps = taps_of(args.taps)
-    decoder = SpecDecoder.from_pretrained(args.target, "none", options_of(args))
+    options = options_of(args)
+    decoder = SpecDecoder.from_pretrained(args.target, "none", options)
     report: dict[str, Any] = {"target": _target(decoder)}
     head = _head_path(decoder.engine.target.info.name, args.draft)
     matches = True
     if head is not None:
-        report["head"], matches = _head(decoder, head, taps)
+        report["head"], matches = _head(decoder, head, options.taps)
     elif args.draft.removesuffix(LOOKUPS) in SHIPPED:
         sys.stderr.write(f"no head ships for {decoder.engine.target.info.name}\n")
     if args.json:

@@ -68,6 +68,8 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
             metavar="I,J,K",
             help="layer-input ids, for heads whose checkpoint names none",
         )
+    else:
+        parser.set_defaults(taps=None)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from specdec.cli.options import add_model, taps_of
+from specdec.cli.options import add_model
 from specdec.errors import SpecdecError, UnsupportedError
 
 KEY_VARIABLE = "SPECDEC_API_KEY"
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     )
     listener = bind(args.host, args.port)
     with listener:
-        options = options_of(args, taps=taps_of(args.taps), slots=args.slots, most_slots=MOST_SLOTS)
+        options = options_of(args, slots=args.slots, most_slots=MOST_SLOTS)
         draft = "none" if args.plain else args.draft
         decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target

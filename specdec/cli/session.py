@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specdec.cli.options import device_map_of, memory_of
+from specdec.cli.options import device_map_of, memory_of, taps_of
 from specdec.engine.build import Options, parse_tree
 from specdec.engine.request import Piece
 from specdec.generate import Answer, SpecDecoder, answer_of
@@ -17,37 +17,29 @@ from specdec.sampling import Sampling
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
-def options_of(
-    args: argparse.Namespace,
-    *,
-    taps: tuple[int, ...] | None = None,
-    slots: int | None = 1,
-    most_slots: int = 1,
-) -> Options:
+def options_of(args: argparse.Namespace, *, slots: int | None = 1, most_slots: int = 1) -> Options:
     """Library options from the shared flags; without slots, as many as fit up to `most_slots`."""
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    tree = parse_tree(getattr(args, "tree", "auto"))
     return Options(
-        dtype=dtype,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         device=args.device,
         slots=slots,
         max_length=args.max_length,
-        tree=tree,
+        tree=parse_tree(args.tree),
         backend=args.backend,
-        taps=taps,
+        taps=taps_of(args.taps),
         most_slots=most_slots,
         memory=memory_of(args.memory),
         device_map=device_map_of(args.device_map),
     )
 
 
-def open_decoder(args: argparse.Namespace, *, draft: str, taps: tuple[int, ...] | None = None) -> SpecDecoder:
+def open_decoder(args: argparse.Namespace, *, draft: str) -> SpecDecoder:
     """Load what the flags name, with a status line on stderr."""
     from rich.console import Console
 
     console = Console(stderr=True)
     with console.status(f"loading {args.target}"):
-        decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args, taps=taps))
+        decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args))
     info = decoder.engine.target.info
     console.print(
         f"[dim]{info.name}: {info.layers} layers, {str(info.dtype).removeprefix('torch.')} on {info.device}, "

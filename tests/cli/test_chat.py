@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import torch
+
+from specdec.head.export import TargetNames, save_raw
 
 FAST = ["--dtype", "float32", "--device", "cpu", "--draft", "ngram", "--tree", "3/4/12"]
 Run = Callable[..., tuple[int, str, str]]
@@ -72,6 +76,18 @@ def test_one_token_has_no_speed(run: Run) -> None:
     code, out, err = run("demo", "--max-tokens", "1")
     assert code == 0, err
     assert "NO" not in out
+
+
+def test_a_demo_takes_the_taps_of_a_head_that_names_none(run: Run, model: Path, tmp_path: Path) -> None:
+    head = engines.random_head(engines.load(model.parent, "llama", "lean"), range(20))
+    path = save_raw(head, tmp_path / "head", target=TargetNames(str(model)))
+    config = json.loads((path / "config.json").read_text())
+    for key in ("eagle_aux_hidden_state_layer_ids", "eagle_config", "specdec"):
+        config.pop(key, None)
+    (path / "config.json").write_text(json.dumps(config))
+    words = ("demo", "--max-tokens", "2", "--draft", str(path))
+    assert "--taps" in run(*words)[2]
+    assert run(*words, "--taps", ",".join(map(str, head.config.taps)))[0] == 0
 
 
 @pytest.mark.parametrize("interrupted", [1, 2])

@@ -242,7 +242,12 @@ def test_ctrl_c_keeps_what_came(model: Path, tmp_path: Path) -> None:
     words = ["generate", str(model), *FAST[:6], "-p", "abc", "--ignore-eos", "--plain"]
     script = "from specdec.cli.main import main; import sys; sys.exit(main())"
     # without the C kernels, which an empty cache would first have to compile
-    environment = {**os.environ, "SPECDEC_CACHE": str(tmp_path), "SPECDEC_NATIVE": "0", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "SPECDEC_CACHE": str(tmp_path),
+        "SPECDEC_NATIVE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     slow = (  # a step takes so long that the answer cannot end before the signal comes
         "import time; from specdec.engine.engine import Engine; step = Engine.step\n"
         "Engine.step = lambda self: (time.sleep(0.05), step(self))[1]\n"
