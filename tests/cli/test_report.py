@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 from tiny_report import TINY_PLAN
 
-from specdec.cli import main
 from specdec.cli.passages import passages_of
 from specdec.cli.prompts import Dialogue
 from specdec.surplus import controls, plan
@@ -184,12 +183,3 @@ def test_rank_orders_trained_heads_by_a_plan(report: Report, tmp_path: Path) -> 
         stranger = written("stranger.json", engine=engine, taps_used="5", **other)
         _refused(report("--rank", plan_report, *heads[:5], stranger),
                  "layers 5 is not of the plan's target and temperature")  # fmt: skip
-
-
-def test_the_options_are_these() -> None:
-    words = {word for action in main.parser("report")._subparsers._group_actions[0].choices["report"]._actions  # type: ignore[union-attr,index]  # argparse hides its tables
-             for word in action.option_strings}  # fmt: skip
-    assert words == {
-        "-h", "--help", "--target", "--head", "--prompts", "--out", "--budget", "--temperature", "--seed", "--taps",
-        "--dtype", "--device", "--force", "--work", "--json", "--compare", "--self-check", "--rank",
-    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`specdec serve`: its options are frozen, and it refuses before a model is loaded."""
+"""`specdec serve`: it refuses before a model is loaded, and takes its key from the environment."""
 
 from __future__ import annotations
 
@@ -8,23 +8,6 @@ import pytest
 
 from specdec.cli.main import main, parser
 from specdec.errors import SpecdecError
-
-OPTIONS = {
-    "target", "dtype", "device", "max_length", "backend", "draft", "tree", "taps", "host", "port", "plain", "slots",
-    "queue", "api_key", "burst", "served_model_name", "request_timeout", "drain_timeout",
-    "memory", "device_map",
-}  # fmt: skip
-
-
-def test_options() -> None:
-    args = vars(parser("serve").parse_args(["serve"]))
-    assert set(args) == OPTIONS | {"verb"}
-    assert (args["target"], args["host"], args["port"], args["draft"]) == (
-        "smollm2-135m",
-        "127.0.0.1",
-        8000,
-        "auto",
-    )
 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
