@@ -18,14 +18,14 @@ from typing import Any
 
 import httpx
 
+from bench.sets import Messages
+
 COUNTERS = {  # what tau is made of, ours first
     "specdec:round_tokens_total": "tokens",
     "specdec:rounds_total": "rounds",
     "vllm:spec_decode_num_drafts_total": "drafts",
     "vllm:spec_decode_num_accepted_tokens_total": "accepted",
 }
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS
+from bench.sets import SETS
 from specdec.errors import SpecdecError
 from specdec.places import replacing
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 NAMES = {"ngram": "n-grams", "head": "shipped head", "auto": "head and n-grams"}
-SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 
 
 def newest(path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,6 @@ from rich.table import Table
 from bench.intervals import Timed, interval
 from bench.load import (
     Load,
-    Messages,
     System,
     Trace,
     arriving,
@@ -46,12 +45,10 @@ from bench.load import (
 )
 from bench.record import append, digest
 from bench.servers import KINDS, VLLM_ENV, Setup, command, running, systems_at
+from bench.sets import SETS, Messages, file_of, first_turns
 from specdec.cli.options import DTYPES
-from specdec.cli.prompts import read_dialogues
 from specdec.errors import SpecdecError
 
-PROMPTS = Path(__file__).parent / "prompts"
-SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 WARM_UP: Messages = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
 
 
@@ -173,12 +170,6 @@ def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
         total[key] = total.get(key, 0.0) + value
 
 
-def conversations(name: str, limit: int | None = None) -> list[Messages]:
-    """First turns of a set."""
-    rows = read_dialogues(PROMPTS / f"{name}.jsonl")[:limit]
-    return [[*row.messages, {"role": "user", "content": row.turns[0]}] for row in rows]
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -224,8 +215,8 @@ async def measure(bench: Bench, args: argparse.Namespace, console: Console) -> l
         console.print(table(made))
 
     for name in args.sets if args.each else ():
-        note(await one_by_one(bench, name, conversations(name, args.each)))
-    asked = in_turn([conversations(name) for name in args.sets], args.requests * args.blocks)
+        note(await one_by_one(bench, name, first_turns(file_of(name), args.each)))
+    asked = in_turn([first_turns(file_of(name)) for name in args.sets], args.requests * args.blocks)
     blocks = [asked[at : at + args.requests] for at in range(0, len(asked), args.requests)]
     for clients in args.clients:
         note(await together(bench, blocks, clients=clients))
@@ -240,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = Load(args.max_tokens, args.temperature, args.first_slo, args.token_slo, args.seed)
     common = {"target": args.target, "dtype": args.dtype, "draft": args.draft, "slots": args.slots, "seed": args.seed,
               "max_tokens": args.max_tokens, "temperature": args.temperature, "slo": [args.first_slo, args.token_slo],
-              "prompt_hashes": {name: digest(PROMPTS / f"{name}.jsonl") for name in args.sets}}  # fmt: skip
+              "prompt_hashes": {name: digest(file_of(name)) for name in args.sets}}  # fmt: skip
     setup = Setup(args.target, args.draft, args.dtype, args.slots, args.vllm_env, args.head, args.chain)
     with ExitStack() as stack:
         places = [tuple(one.split("=", 1)) for one in args.url]

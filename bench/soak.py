@@ -27,13 +27,12 @@ from rich.progress import Progress
 
 from bench.record import append
 from bench.servers import Server, Setup, command, running
-from specdec.cli.prompts import read_dialogues
+from bench.sets import SETS, file_of, first_turns
 from specdec.engine.build import Options
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 
-PROMPTS = Path(__file__).parent / "prompts"
-SETS = ("chat", "code", "math", "instruct", "qa")
+ASKED = [name for name in SETS if name != "summarize"]  # whose prompts are long
 LENGTHS = (8, 24, 64)
 DROPPED, BAD = 0.2, 0.1  # shares of all requests
 WARM_UP = 0.2  # of the time, before memory is compared
@@ -70,11 +69,7 @@ class Tally:
 def offline(target: str, each: int) -> list[Known]:
     """Plain greedy answers in float32 to the first prompts of each set."""
     decoder = SpecDecoder.from_pretrained(target, "none", Options(dtype=torch.float32, slots=8))
-    prompts = [
-        decoder.encode([{"role": "user", "content": row.turns[0]}])
-        for name in SETS
-        for row in list(read_dialogues(PROMPTS / f"{name}.jsonl"))[:each]
-    ]
+    prompts = [decoder.encode(turn) for name in ASKED for turn in first_turns(file_of(name), each)]
     answers = decoder.generate(prompts, Sampling(max_tokens=max(LENGTHS)))
     return [
         Known(prompt, {n: decoder.decode(answer.token_ids[:n]) for n in LENGTHS})

@@ -17,8 +17,8 @@ import torch
 
 from bench.intervals import SEED, interval
 from bench.record import append, digest
+from bench.sets import first_turns
 from bench.systems import Run, System, our_systems, transformers_systems
-from specdec.cli.prompts import Dialogue, read_dialogues
 from specdec.engine.build import Options
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
@@ -35,10 +35,8 @@ class Job:
 
 
 def load_job(path: Path, decoder: SpecDecoder, limit: int | None) -> Job:
-    """First turns of a prompt file as token ids (later turns would depend on each system's own answers)."""
-    dialogues: list[Dialogue] = read_dialogues(path)[:limit]
-    prompts = [decoder.encode([*d.messages, {"role": "user", "content": d.turns[0]}]) for d in dialogues]
-    return Job(path.stem, path, prompts)
+    """First turns of a prompt file as token ids."""
+    return Job(path.stem, path, [decoder.encode(turn) for turn in first_turns(path, limit)])
 
 
 def measure(

@@ -24,6 +24,7 @@ from bench import sweep as sweeps
 from bench.ceilings import Ceiling, ceilings
 from bench.kernels import Point
 from bench.record import append
+from bench.sets import SETS, file_of
 from bench.systems import our_systems
 from specdec.attention.choose import choose_attention
 from specdec.attention.protocol import TreeAttention
@@ -38,7 +39,6 @@ from specdec.target.lean import LeanConfig
 from specdec.target.load import load_target
 
 FEWER = ("--batches", "1", "--nodes", "1", "4", "8", "16", "32", "64")  # of the steps
-SETS = ("chat", "code", "math", "instruct", "summarize", "qa")
 TINY = replace(steps.EIGHT_B, vocab=97, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, head_dim=8,
                max_length=512, windows=(None,) * 2)  # fmt: skip
 
@@ -83,7 +83,7 @@ class Setting:
         return replace(Options(torch.bfloat16, self.device, 1, size), **changes)
 
     def prompts(self) -> list[Path]:
-        return [sweeps.PROMPTS / f"{name}.jsonl" for name in (SETS[:1] if self.smoke else SETS)]
+        return [file_of(name) for name in (SETS[:1] if self.smoke else SETS)]
 
 
 def note(kind: str, row: dict[str, Any]) -> None:

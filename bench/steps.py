@@ -23,7 +23,7 @@ from rich.table import Table
 from bench.ceilings import ceilings
 from bench.record import append
 from bench.whole_round import measure as measure_rounds
-from bench.whole_round import random_head
+from bench.whole_round import random_head, randomise
 from specdec.attention.choose import choose_attention
 from specdec.attention.protocol import tree_rows
 from specdec.attention.reference import ReferenceAttention
@@ -57,8 +57,7 @@ def random_target(
     with torch.device("meta"):
         decoder = LeanDecoder(config, ReferenceAttention())
     decoder = decoder.to(dtype).to_empty(device=device)
-    for parameter in decoder.parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
+    randomise(decoder)
     if config.tied:
         decoder.head.weight = decoder.embedding
     decoder.freeze()

@@ -23,10 +23,11 @@ from rich.table import Table
 
 from bench.record import append
 from bench.replay import Profile, ReplayDrafter, ReplayHead
-from bench.steps import EIGHT_B, random_target
+from bench.sets import SETS, file_of, first_turns
+from bench.steps import DRAFT_VOCAB, EIGHT_B, random_target
 from bench.systems import settle
+from bench.whole_round import random_head
 from specdec.cache import KVCache
-from specdec.cli.prompts import read_dialogues
 from specdec.drafting.none import NoDrafter
 from specdec.drafting.protocol import PLAIN, Drafter, Shape
 from specdec.engine.ahead import run_ahead
@@ -37,14 +38,11 @@ from specdec.engine.engine import Engine, Limits
 from specdec.engine.graphs import CudaRecording, graphed
 from specdec.engine.request import Request
 from specdec.generate import SpecDecoder
-from specdec.head.config import HeadConfig
-from specdec.head.model import DraftHead
 from specdec.sampling import Sampling
 from specdec.target.lean import LeanConfig
 from specdec.target.protocol import Target
 from specdec.tree import MAX_NODES
 
-PROMPTS = Path(__file__).parent / "prompts"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROFILE = Profile((0.78, 0.76, 0.74, 0.72, 0.70, 0.68, 0.66))
 PROMPT = 256  # tokens of a random prompt
@@ -143,10 +141,11 @@ def real_pair(target: str, draft: str, files: Sequence[Path], options: Options, 
     """A model with its drafter, as `specdec generate` would run them, over the first turns of prompt files."""
     plain = SpecDecoder.from_pretrained(target, "none", options)
     drafted = plain.with_drafter(draft, options)
-    turns = [[d.turns[0] for d in read_dialogues(path)] for path in files]
-    mixed = [turn for group in zip(*turns, strict=False) for turn in group]  # one of each set, in turn
+    mixed = [
+        turn for group in zip(*map(first_turns, files), strict=False) for turn in group
+    ]  # one of each, in turn
     longest = plain.engine.limits.length - max_tokens - room(plain.engine.limits.slots) - 1
-    prompts = [plain.encode([{"role": "user", "content": turn}]) for turn in mixed]
+    prompts = [plain.encode(turn) for turn in mixed]
     return Pair(plain.engine, drafted.engine, tuple(p for p in prompts if len(p) <= longest), max_tokens)
 
 
@@ -170,7 +169,7 @@ def replay_pair(config: LeanConfig, profile: Profile, device: torch.device, dtyp
     texts = dict(zip(prompts, _texts(plain, prompts, max_tokens + reach), strict=True))
     replay = ReplayDrafter(texts, profile, slots, config.vocab, device)
     drafter = ReplayHead(
-        random_head(config, device, dtype), target.embed, lean.decoder.attention, slots, limits.length, replay
+        random_head(lean, DRAFT_VOCAB), target.embed, lean.decoder.attention, slots, limits.length, replay
     )
     drafted = _captured(Engine(target, drafter, Budget(None, shape or DEFAULT_TREE, adaptive=False), limits))
     drafted.budget = _budget(target, drafter, shape, limits)
@@ -203,24 +202,6 @@ def _budget(target: Target, head: Drafter, shape: Shape | None, limits: Limits) 
     if device.type == "cpu":
         return Budget(measure_costs(target, head, scratch), CPU_LIMIT)
     return Budget(measure_costs(target, head, scratch, CudaRecording()), DEFAULT_TREE, fixed=True)
-
-
-def random_head(config: LeanConfig, device: torch.device, dtype: torch.dtype) -> DraftHead:
-    """A head of EAGLE-3's form for a target: one layer of its width, a draft vocabulary of at most 32,000."""
-    taps = tuple(sorted({min(2, config.layers), config.layers // 2, max(config.layers - 3, 1)}))
-    made = HeadConfig(
-        hidden=config.hidden, target_hidden=config.hidden, taps=taps, intermediate=config.intermediate,
-        heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, vocab=config.vocab,
-        draft_vocab=min(32000, config.vocab), max_length=config.max_length,
-    )  # fmt: skip
-    with torch.device("meta"):
-        head = DraftHead(made)
-    head = head.to(dtype).to_empty(device=device)
-    for parameter in head.parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
-    head.ids.copy_(torch.arange(made.draft_vocab))
-    head.freeze()
-    return head
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -263,7 +244,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--replay", action="store_true", help="an 8B-shaped random target and a replay drafter"
     )
-    parser.add_argument("--prompts", type=Path, nargs="+", default=sorted(PROMPTS.glob("*.jsonl")))
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[file_of(name) for name in SETS])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=128)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from specdec.attention.choose import choose_attention
 from specdec.cache import KVCache
 from specdec.drafting.eagle import EagleDrafter
-from specdec.drafting.none import NoDrafter
 from specdec.drafting.pairs import Pairs
 from specdec.drafting.protocol import PLAIN, Context, Shape
+from specdec.engine.build import make_drafter
+from specdec.engine.engine import Limits
 from specdec.engine.graphs import CudaRecording, Recording, Work, nothing
 from specdec.engine.pipeline import Pipeline
 from specdec.engine.request import Request
@@ -40,6 +40,12 @@ class Stepwise:
         return work
 
 
+def randomise(model: torch.nn.Module) -> None:
+    """Small normal matrices, norms of one."""
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
+
+
 def random_head(target: Target, draft_vocab: int) -> DraftHead:
     """An EAGLE-3 head of the target's width with random weights."""
     info = target.info
@@ -51,8 +57,7 @@ def random_head(target: Target, draft_vocab: int) -> DraftHead:
         fingerprint=info.fingerprint,
     )  # fmt: skip
     head = DraftHead(config).to(info.device, info.dtype)
-    for parameter in head.parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
+    randomise(head)
     head.ids.copy_(torch.arange(config.draft_vocab))
     head.freeze()
     return head
@@ -65,17 +70,12 @@ def head_bytes(head: DraftHead, levels: int) -> int:
     return (head.fc.inputs * head.fc.outputs + levels * level) * head.dtype.itemsize
 
 
-def drafter_of(target: Target, head: DraftHead, slots: int, length: int) -> EagleDrafter:
-    """A drafter whose head has read `length - slack` rows of nothing."""
-    choice = choose_attention(head.cache_shape(), head.config.heads, (head.config.window,))
-    return EagleDrafter(head, target.embed, choice.attention, slots, length)
-
-
 def draft_step(
     target: Target, head: DraftHead, batch: int, shape: Shape, prefix: int, recording: Recording
 ) -> Work:
     """Reading two accepted pairs and growing trees."""
-    drafter = drafter_of(target, head, batch, prefix + 2 * MAX_NODES)
+    drafter = make_drafter(target, "head", head, Limits(batch, prefix + 2 * MAX_NODES))
+    assert isinstance(drafter, EagleDrafter)
     wide = head.config.target_hidden * len(head.config.taps)
     pairs = Pairs(drafter, batch, shape.depth + 1, wide, target.info.dtype)
     slots = torch.arange(batch, device=target.info.device)
@@ -93,7 +93,7 @@ def round_ms(
 ) -> float:
     """Milliseconds a round of a loop that reads one round late; without a head, of plain decoding."""
     length = prefix + 2 + (ROUNDS + 2) * (shape.depth + 1)
-    drafter = NoDrafter() if head is None else drafter_of(target, head, batch, length)
+    drafter = make_drafter(target, "none" if head is None else "head", head, Limits(batch, length))
     cache = KVCache(target.info.cache, batch, length + MAX_NODES)
     pipeline = Pipeline(target, drafter, cache, shape.depth, recording)
     requests = []
