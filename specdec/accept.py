@@ -1,9 +1,9 @@
 """Acceptance: which drafted tokens survive the target's word, and what is emitted.
 
 Two rules, one result. `walk` serves deterministic trees: the target draws its own token at every node and we
-follow those draws while the tree contains them, which is exactly the target's law whatever the tree
-(methods.md 1.4). `verify_block` serves chains whose tokens were *sampled* from the draft distribution and
-needs the true q (block verification, arXiv 2403.10444). Neither knows models or caches.
+follow those draws while the tree contains them, which is exactly the target's law whatever the tree.
+`verify_block` serves chains whose tokens were *sampled* from the draft distribution and needs the true q (block
+verification, arXiv 2403.10444). Neither knows models or caches.
 Dimension legend: B requests, N nodes, D longest path in edges, V vocabulary.
 """
 

@@ -15,7 +15,7 @@ from specdec.errors import SpecdecError
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """An EAGLE-3 head (Li et al. 2503.01840; formats.md of the EAGLE-3 release) and its portable neighbours.
+    """An EAGLE-3 head (Li et al. 2503.01840) and its portable neighbours.
 
     Attributes:
         hidden, target_hidden: width of the head and of the target.

@@ -1,4 +1,4 @@
-"""The target run on z alone: a control that knows the language and not the context (theory.md 2.2, control bank).
+"""The target run on z alone: a control that knows the language and not the context.
 
 Fitted controls have seen a few thousand rows; the target has read a library. What it makes of the last k - 1 tokens is
 a law that needs no h, so whatever it explains is no surplus. One pass over a window of k - 1 tokens gives the laws of

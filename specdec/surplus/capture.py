@@ -1,6 +1,6 @@
 """Capture: the target writes text at the serving temperature, then reads it once with its taps on.
 
-Text of the target's own law (theory.md 1.2), through the engine with nothing drafted; streamed into shards, so memory
+Text of the target's own law, through the engine with nothing drafted; streamed into shards, so memory
 is bounded by one shard and an interruption costs at most one. Knows token ids and targets: no prompts' text, no probe.
 Dimension legend: R rows of a document, A taps, d hidden width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The falsifiable claims F1 to F5 of theory.md 3.4: a number, an interval, a threshold and an honest verdict.
+"""The falsifiable claims F1 to F5: a number, an interval, a threshold and an honest verdict.
 
 A claim holds when its whole interval lies on the right side of the threshold, fails when it lies on the wrong
 side, and is undecided in between. Circularity rule: a predictor never comes from the (p, q) pair whose
@@ -46,7 +46,7 @@ class Claim:
         interval: its 95% document interval.
         threshold: the limit, as text ("<= -0.3").
         verdict: by the whole interval.
-        impressive: the value also passes the stricter mark of theory.md 3.4.
+        impressive: the value also passes the stricter mark.
     """
 
     name: str

@@ -1,7 +1,6 @@
 """The data contract: what capture hands to every estimator, and how contexts at depth k are cut from it.
 
-Knows tensors only: no model, no tokenizer, no file. Alignment, drawn once (theory.md 0; final[i] predicts
-ids[i+1]):
+Knows tensors only: no model, no tokenizer, no file. Alignment, drawn once (final[i] predicts ids[i+1]):
 
     position          t        t+1      ...   t+k-1        t+k
     ids               x_t      x_{t+1}  ...   x_{t+k-1}    x_{t+k}
@@ -29,7 +28,7 @@ class TargetHead:
         unembedding: [V, d], row w is the output vector of token w.
         norm_weight: [d] of the final RMSNorm, or None where the final state is already normed (toys).
         eps: of that norm.
-        temperature: serving temperature; logits are divided by it (theory.md 1.2, "which law").
+        temperature: serving temperature; logits are divided by it.
     """
 
     unembedding: Tensor
@@ -57,7 +56,7 @@ class TargetHead:
 
     def log_probs(self, final: Tensor) -> Tensor:
         """final [n, d] -> float32 log p [n, V]; the full softmax, so call it in chunks."""
-        # bfloat16 log-softmax biases the tails (theory.md 1.4), hence float32 throughout.
+        # bfloat16 log-softmax biases the tails, hence float32 throughout.
         logits = self.normed(final) @ self.unembedding.float().T
         return torch.log_softmax(logits / self.temperature, dim=-1)
 

@@ -1,6 +1,6 @@
 """The control bank: predictors r(y | z) that see only the tokens the drafter already has, never h.
 
-A surplus is a difference of cross-entropies, and any excess risk of the control inflates it (theory.md 2.1),
+A surplus is a difference of cross-entropies, and any excess risk of the control inflates it,
 so several controls compete and the best on validation documents wins; the spread is reported as systematic
 error.
 Here: an interpolated back-off n-gram over sorted keys, and a neural table U psi(e(z)). The third member, a

@@ -1,6 +1,6 @@
 """The self-check: sources with a known surplus, run through the very pipeline that measures a real target.
 
-An instrument that misses these numbers measures nothing (theory.md 2.4). Two controls need a target and live
+An instrument that misses these numbers measures nothing. Two controls need a target and live
 with the
 capture: the random-weight target and the numerics floor. Each check is a function of its size, so that tests
 run small ones. Everything here is seeded and single-process; the full list takes well under a minute on one
@@ -190,7 +190,7 @@ def check_geometry(seed: int = 5) -> Check:
 
 
 def self_check() -> list[Check]:
-    """Every closed-form control, in the order of theory.md 2.4."""
+    """Every closed-form control, in the order of the table it makes."""
     return [
         check_permuted(),
         check_markov(),

@@ -1,7 +1,7 @@
 """The learning curve of the gap: Delta(N) over growing training text, and its limit Delta_inf + a N^-b.
 
-A gap measured on little text is mostly the probe's own ignorance; the limit says how much more text would buy
-(theory.md 2.2, CURVE). Knows what `estimate` knows.
+A gap measured on little text is mostly the probe's own ignorance; the limit says how much more text would buy.
+Knows what `estimate` knows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 added.
 
 No learned map can fake both curves, and the noise curve is the rigorous answer to injectivity: I(h + sigma
-xi; x) is finite and ranks layers where I(h; x) cannot (theory.md 1.2, 2.3). How states are recomputed and how
+xi; x) is finite and ranks layers where I(h; x) cannot. How states are recomputed and how
 a surplus is
 estimated come in as callables: nothing here knows a target or a probe.
 """

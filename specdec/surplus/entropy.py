@@ -1,9 +1,9 @@
 """Categorical entropies of next-token kernels, and how far a draft's are from calibrated.
 
-theory.md 1.4: with D = KL the categorical entropy is Shannon's, with D = TV it is 1 - sum p^2 (Gini-Simpson),
+With D = KL the categorical entropy is Shannon's, with D = TV it is 1 - sum p^2 (Gini-Simpson),
 with D = Renyi of order alpha it is the Renyi entropy of order 2 - alpha. Cross-entropy splits into H(p) +
 KL(p || q); and E H(q) - E H(p) equals E KL exactly when q is calibrated, so the residual is miscalibration
-(1.3, claim F5). Knows log-probabilities only: log p, log q [n, M], natural logarithms, float32.
+(claim F5). Knows log-probabilities only: log p, log q [n, M], natural logarithms, float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From probes to numbers: surplus S_k, ceiling C_k = S_k + Delta_k, gap Delta_k, with document intervals.
 
-Cross-fits over document folds (theory.md 2.2): every context is scored once, by probes that never saw its
+Cross-fits over document folds: every context is scored once, by probes that never saw its
 document. The control-free gap is the headline; the ceiling inherits the control's excess risk. Knows nothing
 of targets.
 Dimension legend: n contexts, M label symbols, m children counts.

@@ -1,7 +1,7 @@
 """Splitting by document: folds that rotate, and predictor documents apart from outcome documents.
 
-Positions of one document share a topic, so a row-wise split leaks (theory.md 2.2); a predictor and an outcome
-from the same documents would be circular (3.4). Knows document and domain numbers only.
+Positions of one document share a topic, so a row-wise split leaks; a predictor and an outcome
+from the same documents would be circular. Knows document and domain numbers only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The pullback Fisher-Rao metric of the target's head: which directions of a state change the next-token law.
 
 For logits W h, G(h) = W'(diag p - pp')W = Cov_{w~p}(W_w); through the final RMSNorm G_x = J'GJ and the radial
-direction is null; at temperature T it is G(p_T) / T^2 (theory.md 1.5). Everything is computed from the factor
+direction is null; at temperature T it is G(p_T) / T^2. Everything is computed from the factor
 A = sqrt(p) (W_w - mu) [m, d] over the top m tokens, G = A'A, never from G itself. Raw eigenvalues of
 different models
 do not compare: use the normalised figures. Dimension legend: n states, m tokens, d width.
@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec.surplus.contract import TargetHead
 
 MASS = 0.999
-"""Top-m mass below which a spectrum is not trusted (theory.md 1.5)."""
+"""Top-m mass below which a spectrum is not trusted."""
 
 
 @dataclass(frozen=True, slots=True)

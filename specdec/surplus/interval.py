@@ -1,7 +1,7 @@
 """Numbers with intervals: the bootstrap over documents that every table of the report uses.
 
-Resampling tokens would pretend that a document's positions are independent; only documents are resampled
-(theory.md 2.2). Knows neither probes nor acceptance. Dimension legend: n rows, D documents, B resamples.
+Resampling tokens would pretend that a document's positions are independent; only documents are resampled.
+Knows neither probes nor acceptance. Dimension legend: n rows, D documents, B resamples.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ PROJECTION = 96
 def alignment(material: Material, taps: TapSet) -> Value:
     """Spectral ranking of a tap set: canonical correlations given the next token, and Dirichlet energy.
 
-    Dimensionless, never nats (theory.md 1.6).
+    Dimensionless, never nats.
     """
     c = material.captured
     rows = material.sample()

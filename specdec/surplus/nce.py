@@ -3,7 +3,7 @@
 Loss -log[e^f(y) / (e^f(y) + sum_j e^f(y_j))] with y_j drawn from the control and y of the target's own law, every
 symbol by its weight; its own value saturates at log(K + 1) and is never quoted. The estimate is
 S_nce = E[f(y) - log sum_y' r(y') e^f(y')], renormalised over every symbol: another lower bound relative to r, reached
-by another loss (theory.md 2.3). Dimension legend: n contexts, M symbols, K negatives.
+by another loss. Dimension legend: n contexts, M symbols, K negatives.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Agreement:
 
     Attributes:
         e1, e2: surplus by each, nats.
-        allowed: max(0.03 nats, 5%) (theory.md 2.3).
+        allowed: max(0.03 nats, 5%).
     """
 
     e1: Interval

@@ -1,6 +1,6 @@
 """The measured side: the real engine decodes outcome documents with the head, and its counters are kept.
 
-Outcome documents are never captured, so no predictor has seen them (theory.md 3.4). Knows engines and requests; what
+Outcome documents are never captured, so no predictor has seen them. Knows engines and requests; what
 was predicted is somebody else's business. Dimension legend: n documents, K draft depths.
 """
 

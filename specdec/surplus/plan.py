@@ -44,7 +44,7 @@ class Plan:
         nce: run E2 and the permuted-h control on the first fold.
         curve, sigmas, windows: cross-checks to run.
         least_events: a cell with fewer measured draft tokens is left out.
-        outcome_share: of documents whose acceptance is measured; the rest predict (theory.md 3.4).
+        outcome_share: of documents whose acceptance is measured; the rest predict.
         predictors, outcomes: of those roles at most so many are captured and decoded.
         ranking_depths: how many of `depths` a ranking of tap sets uses.
         slots: answers written at once, and documents per captured shard.

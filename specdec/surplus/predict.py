@@ -3,7 +3,7 @@ tree.
 
 Two verifiers. Sampled drafts: alpha = sum min(p, q) = 1 - TV. Deterministic top-m children (this engine's
 default, and EAGLE's): acceptance is the p-mass of the children, so the target's own entropy costs even a
-perfect draft (theory.md 3.1). Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
+perfect draft. Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
 Dimension legend: n contexts, M symbols, K draft depths, N tree nodes.
 """
 
@@ -30,7 +30,7 @@ def children_mass(log_p: Tensor, log_q: Tensor, m: int) -> Tensor:
 
 
 def erfc_link(gap: Tensor) -> Tensor:
-    """alpha = erfc(sqrt(d) / 2), the zero-parameter link of a Gaussian log-likelihood ratio (theory.md 3.1).
+    """alpha = erfc(sqrt(d) / 2), the zero-parameter link of a Gaussian log-likelihood ratio.
 
     Average it over contexts; applied to an average gap it is biased (convexity).
 
@@ -128,7 +128,7 @@ class DepthLaw:
 
 
 def depth_law(acceptance: Tensor, survival: Tensor) -> DepthLaw:
-    """Depth law with survivor correction, on target-written text (theory.md 3.2).
+    """Depth law with survivor correction, on target-written text.
 
     P(L >= j) = E_{x ~ P} prod_{i<=j} w_i: along the target's own tokens each depth survives with weight w_i,
     which is min(1, q(x)/p(x)) for sampled drafts and the indicator that x is among the children for

@@ -1,4 +1,4 @@
-"""E1, the nested conditional probe: log q = log softmax(log q0 + U F([norm(h); enc(z)])) (theory.md 2.2).
+"""E1, the nested conditional probe: log q = log softmax(log q0 + U F([norm(h); enc(z)])).
 
 q0 is the control r, with a linear reader of h in closed form on it where that does better on validation text
 (`start`); F's last map begins at zero, so ignoring h is always within reach. h and z meet inside F's non-linearity,
@@ -99,7 +99,7 @@ def permuted(data: ProbeData, parts: tuple[Tensor, ...], depths: tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ProbeSettings:
-    """Shape and training of a probe; the defaults suit a GPU (theory.md 2.2).
+    """Shape and training of a probe; the defaults suit a GPU.
 
     Attributes:
         width: inner width of F.

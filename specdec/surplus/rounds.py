@@ -1,6 +1,6 @@
 """Rounds that the engine would have along text the target wrote: where they start, how far they get.
 
-Two selection effects separate the engine's counters from means over all text (theory.md 3.2). Survivors: depth j is
+Two selection effects separate the engine's counters from means over all text. Survivors: depth j is
 only met where the drafts before it were right. Starts: a round begins after the last one's bonus token, so a stretch
 that was drafted well is met once and every failure is met again. Both follow from the text itself, since the engine's
 output is the target's own law whatever was drafted: a round at t that keeps l drafts is followed by one at t + l + 1.

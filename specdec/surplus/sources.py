@@ -1,4 +1,4 @@
-"""Toy sources whose surplus is known in closed form: the controls of theory.md 2.4 and 5.
+"""Toy sources whose surplus is known in closed form: the controls of the self-check.
 
 Order-1 Markov (surplus exactly zero), lag-2 copy (closed form), finite hidden Markov models (enumeration plus
 filtering), and permutation of rows within equal z. A source is a `Toy`: sampled ids, exact next-token laws
@@ -78,7 +78,7 @@ class LagCopy:
 
     @property
     def surplus(self) -> float:
-        """S_2 = ln V + a ln a + (V - 1) b ln b, a = 1 - eps + eps / V, b = eps / V (theory.md 2.4), nats."""
+        """S_2 = ln V + a ln a + (V - 1) b ln b, a = 1 - eps + eps / V, b = eps / V, nats."""
         b = self.epsilon / self.symbols
         a = 1 - self.epsilon + b
         return math.log(self.symbols) + a * math.log(a) + (self.symbols - 1) * b * math.log(b)
@@ -147,7 +147,7 @@ class HiddenMarkov:
         return float(-torch.special.xlogy(joint, joint / weight).sum())
 
     def surplus(self, k: int, horizon: int) -> float:
-        """S_k = eta_k - eta_inf (theory.md 1.2), eta_inf read at `horizon`, converged from above."""
+        """S_k = eta_k - eta_inf, eta_inf read at `horizon`, converged from above."""
         return self.eta(k) - self.eta(horizon)
 
 
@@ -160,7 +160,7 @@ def mess3(alpha: float = 0.85, x: float = 0.05) -> HiddenMarkov:
 
 
 def random_hmm(states: int, symbols: int, generator: torch.Generator, sharpness: float = 3.0) -> HiddenMarkov:
-    """A sticky random HMM, the shape of theory.md 5 (12 states, 40 symbols there)."""
+    """A sticky random HMM."""
     logits = torch.randn(states, states, generator=generator, dtype=torch.float64)
     step = torch.softmax(logits + 3 * torch.eye(states, dtype=torch.float64), dim=-1)
     emit = torch.softmax(

@@ -1,6 +1,6 @@
 """Predictive similarity of states, and how well tap features align with it: for ranking taps, never for nats.
 
-Kernels between next-token laws (theory.md 1.6), the Dirichlet energy of features on that graph, and canonical
+Kernels between next-token laws, the Dirichlet energy of features on that graph, and canonical
 correlations between features and expected output prototypes, partialled on the next token. On a lag-copy
 source the Gaussian formula turns such correlations into 32 nats where the truth is 2.85: hence no information
 is returned here.

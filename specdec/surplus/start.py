@@ -4,7 +4,7 @@
 
 A state holds most of what a draft can use in linear form, and a closed form finds it on a few thousand rows where
 gradient steps do not. Ridge and gate g are chosen on validation text; g = 0 is the control itself and among the
-choices, so ignoring h stays within reach (theory.md 2.2). Frozen afterwards: what the probe learns comes on top.
+choices, so ignoring h stays within reach. Frozen afterwards: what the probe learns comes on top.
 Knows tensors only. Dimension legend: n rows, I inputs, d width of U, M label symbols.
 """
 

@@ -1,4 +1,4 @@
-"""States recomputed from the last w tokens only: the dose of the window curve (theory.md 2.3, E3).
+"""States recomputed from the last w tokens only: the dose of the window curve.
 
 A state that saw fewer tokens cannot know more; no learned map can fake that. Knows the target and captured ids.
 Dimension legend: N captured rows, w window, A taps, d hidden width.

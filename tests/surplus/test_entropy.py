@@ -63,7 +63,7 @@ def test_calibration_error_is_zero_for_honest_confidence_and_the_shift_otherwise
 
 
 def test_entropy_excess_of_a_calibrated_coarse_draft_is_its_divergence() -> None:
-    """q = E[p | inputs]: the difference of entropies is the information loss (theory.md 1.3)."""
+    """q = E[p | inputs]: the difference of entropies is the information loss."""
     p = law(2000, 6, seed=3)
     coarse = p.exp().view(500, 4, 6).mean(1, keepdim=True).expand(-1, 4, -1).reshape(2000, 6)
     found = calibrate(p, coarse.log())

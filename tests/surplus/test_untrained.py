@@ -1,4 +1,4 @@
-"""The negative control on real text (theory.md 2.4): what a network of random weights knows of the tokens to come.
+"""The negative control on real text: what a network of random weights knows of the tokens to come.
 
 Both networks read the same text; labels, folds, controls and probe are the same, so only the states differ.
 """
