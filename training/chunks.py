@@ -45,30 +45,6 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Padding:
-    """What padding costs: real tokens and all tokens of a plan."""
-
-    tokens: int
-    padded: int
-
-    @property
-    def waste(self) -> float:
-        """Share of all tokens that is padding."""
-        return 1 - self.tokens / self.padded if self.padded else 0.0
-
-    def __str__(self) -> str:
-        return f"{self.tokens:,} tokens, {self.waste:.1%} padding"
-
-
-@dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """The batches of one epoch, as indices into the samples, and what they pad."""
-
-    batches: tuple[tuple[int, ...], ...]
-    padding: Padding
-
-
-@dataclass(frozen=True, slots=True)
 class BatchRule:
     """How batches are made.
 
@@ -126,8 +102,10 @@ def _window(sample: Sample, number: int, part: slice, overlap: int) -> Sample:
     return Sample(sample.id, sample.ids[part], mask, sample.turn, number)
 
 
-def plan_epoch(lengths: Sequence[int] | NDArray[np.int64], rule: BatchRule, epoch: int) -> EpochPlan:
-    """The batches of one epoch: a function of lengths, rule and epoch alone.
+def plan_epoch(
+    lengths: Sequence[int] | NDArray[np.int64], rule: BatchRule, epoch: int
+) -> list[tuple[int, ...]]:
+    """The batches of one epoch, as indices into the samples: a function of lengths, rule and epoch alone.
 
     Samples are shuffled, sorted by length within pools of some batches, packed up to `rule.tokens` padded
     tokens, and the batches are shuffled again. Every sample comes exactly once.
@@ -151,9 +129,7 @@ def plan_epoch(lengths: Sequence[int] | NDArray[np.int64], rule: BatchRule, epoc
     for start in range(0, sizes.size, pool):
         part = order[start : start + pool]
         batches += _pack(part[np.argsort(sizes[part], kind="stable")], sizes, rule.tokens)
-    padded = sum(int(sizes[batch].max()) * len(batch) for batch in batches)
-    shuffled = tuple(tuple(batches[i]) for i in random.permutation(len(batches)))
-    return EpochPlan(shuffled, Padding(int(np.sum(lengths)), padded))
+    return [tuple(batches[i]) for i in random.permutation(len(batches))]
 
 
 def _pack(order: NDArray[np.int64], sizes: NDArray[np.int64], tokens: int) -> list[list[int]]:
@@ -189,7 +165,7 @@ def batches(
     start = Position() if start is None else start
     lengths = np.array([len(sample) for sample in samples])
     for epoch in range(start.epoch, epochs):
-        plan = plan_epoch(lengths, rule, epoch).batches
+        plan = plan_epoch(lengths, rule, epoch)
         for number in range(start.batch if epoch == start.epoch else 0, len(plan)):
             last = number + 1 == len(plan)
             after = Position(epoch + 1, 0) if last else Position(epoch, number + 1)

@@ -42,7 +42,7 @@ class DevSplit:
         if not samples:
             return
         device = scale.device
-        for batch in plan_epoch([len(s) for s in samples], rule, 0).batches:
+        for batch in plan_epoch([len(s) for s in samples], rule, 0):
             made = collate(samples, batch, rule)
             captured = features.take([index[id(samples[i])] for i in batch])
             taps = padded([one.features for one in captured], made.ids.shape[1]).to(device)

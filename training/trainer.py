@@ -133,9 +133,9 @@ class Trainer:
             self.progress.position = Position(epoch + 1, 0)  # where what is left of an epoch makes no group
         return self._finish()
 
-    def plan(self, epoch: int) -> tuple[tuple[int, ...], ...]:
+    def plan(self, epoch: int) -> list[tuple[int, ...]]:
         """The batches of one epoch. Raises SpecdecError where they are too few for an optimizer step."""
-        plan = plan_epoch(self.lengths, self.rule, epoch).batches
+        plan = plan_epoch(self.lengths, self.rule, epoch)
         if len(plan) < self.together:
             raise SpecdecError("is too little data for one optimizer step", field="data",
                                value=f"{len(plan)} batches", allowed=f">= {self.together}",

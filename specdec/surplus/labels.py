@@ -71,19 +71,6 @@ class Lumping:
         return torch.cat([rows[self.kept.to(rows.device)], rows[tail].mean(dim=0, keepdim=True)])
 
 
-def most_frequent(ids: Tensor, vocab: int, keep: int) -> Lumping:
-    """Keep the `keep` commonest tokens of `ids`, ties to the lower id."""
-    counts = torch.bincount(ids.flatten(), minlength=vocab)
-    return Lumping(counts.argsort(descending=True, stable=True)[:keep].sort().values, vocab)
-
-
-def coarse_graining_loss(log_p: Tensor, log_q: Tensor, lumping: Lumping) -> Tensor:
-    """KL(p || q) on the full vocabulary minus KL on the lumped one, per row [n], nats, never negative."""
-    full = (log_p.exp() * (log_p - log_q)).sum(-1)
-    p, q = lumping.log_probs(log_p), lumping.log_probs(log_q)
-    return full - (p.exp() * (p - q)).sum(-1)
-
-
 class Labels(Protocol):
     """Where probes get log p from."""
 

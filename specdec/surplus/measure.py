@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import RequestError
-from specdec.surplus.cells import ENTROPY_EDGES, POSITION_EDGES, bin_names, make_cell, slice_cells
+from specdec.surplus.cells import ENTROPY_EDGES, POSITION_EDGES, bin_names, slice_cells
 from specdec.surplus.control import cross_entropies
 from specdec.surplus.curve import fit_power_law, learning_curve
 from specdec.surplus.dose import DoseCurve, noise_response, window_response
@@ -236,12 +236,4 @@ def dose_row(found: DoseCurve) -> Value:
         "surplus": [number(each) for each in found.surplus],
         "rising": found.rising,
         "holds": found.holds,
-    }
-
-
-def overall(estimates: Mapping[int, Estimate], taps: TapSet, plan: Plan) -> dict[int, Value]:
-    """The cell of all rows, per depth."""
-    key = {"taps": name_of(taps)}
-    return {
-        k: cell_row(make_cell(e, key | {"depth": str(k)}, draws=plan.draws)) for k, e in estimates.items()
     }

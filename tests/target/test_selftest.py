@@ -35,7 +35,7 @@ class Wrong(LeanTarget):
 
 
 def lean(directory: Path, dtype: torch.dtype = torch.float32) -> LeanTarget:
-    target = load_weights(TargetFiles("tiny", directory, ""), dtype, {"": "cpu"}, "lean")
+    target = load_weights(TargetFiles("tiny", directory), dtype, {"": "cpu"}, "lean")
     assert isinstance(target, LeanTarget)
     return target
 
