@@ -28,6 +28,7 @@ from specdec.attention.merge import Partial, merge
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
+from specdec.tree import MAX_NODES
 
 MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn")  # FA3 upstream, FA3 forward wheel, FA2
 
@@ -48,82 +49,36 @@ class TreePlan:
     sees: Tensor | None
 
 
-def tree_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    lengths: Tensor,
-    ancestors: Tensor | None,
-    *,
-    offset: int,
-    scale: float,
-    window: int | None = None,
-    positions: Tensor | None = None,
-    tree_positions: Tensor | None = None,
-    softcap: float | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """The same contract as `specdec.attention.triton.tree_attention`, without windows and soft caps.
+def plan_of(rows: Rows) -> TreePlan:
+    """Index tensors and the tree's mask, for all layers.
 
     Raises:
-        UnsupportedError: a window or a soft cap is asked for, or flash-attn is not installed.
+        UnsupportedError: more tree rows than an ancestor word has bits.
     """
-    _refuse(window, softcap)
-    n = q.shape[1]
-    if ancestors is None:
-        return prefill(q, k_cache, v_cache, slots, lengths + offset, scale=scale)
-    return _attend(q, k_cache, v_cache, plan_tree(slots, lengths, ancestors, offset + n), scale, splits)
+    slots, n = rows.slots.int(), rows.positions.shape[1]
+    if rows.ancestors is None:
+        stored = rows.lengths + rows.offset
+        return TreePlan(slots, (stored + n).int(), stored[:, None], None)
+    total = rows.offset + n
+    if total > MAX_NODES:
+        raise UnsupportedError("more tree rows than bits in an ancestor word", field="nodes", value=total,
+                               allowed=f"at most {MAX_NODES}")  # fmt: skip
+    row = torch.arange(total, device=rows.lengths.device)
+    sees = ((rows.ancestors[:, :, None] >> row) & 1).bool()
+    return TreePlan(slots, rows.lengths.int(), rows.lengths[:, None] + row, sees[:, None, None])
 
 
-def prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Causal attention of a chunk whose keys are already written: row i sees cache rows 0 .. lengths + i.
-
-    Args:
-        q: [B, N, Hq, D]; k_cache, v_cache: [slots, Hkv, S, D]; slots, lengths: int64 [B].
-
-    Raises:
-        UnsupportedError: a window or a soft cap is asked for, or flash-attn is not installed.
-    """
-    _refuse(window, softcap)
-    return _causal(q, k_cache, v_cache, plan_chunk(slots, lengths, q.shape[1]), scale)
+def attend(q: Tensor, keys: Tensor, values: Tensor, plan: TreePlan, scale: float) -> Tensor:
+    """q [B, N, Hq, D] over one layer's keys and values [slots, Hkv, S, D]; [B, N, Hq, D]."""
+    return (_causal if plan.sees is None else _over_tree)(q, keys, values, plan, scale)
 
 
-def plan_tree(slots: Tensor, lengths: Tensor, ancestors: Tensor, total: int) -> TreePlan:
-    """Masks of `total` stored tree rows. ancestors: int64 [B, N] or, for more than 64 rows, [B, N, words]."""
-    row = torch.arange(total, device=lengths.device)
-    words = ancestors if ancestors.dim() == 3 else ancestors[:, :, None]
-    if total > 64 * words.shape[2]:
-        raise UnsupportedError(
-            "more tree rows than bits in their ancestor words", field="nodes", value=total,
-            allowed=f"at most {64 * words.shape[2]}", remedy="Pass ancestors as [B, N, words].",
-        )  # fmt: skip
-    sees = ((words[:, :, row // 64] >> (row % 64)) & 1).bool()
-    return TreePlan(slots.int(), lengths.int(), lengths[:, None] + row, sees[:, None, None])
-
-
-def plan_chunk(slots: Tensor, lengths: Tensor, n: int) -> TreePlan:
-    """A causal chunk of n rows behind `lengths`."""
-    return TreePlan(slots.int(), (lengths + n).int(), lengths[:, None], None)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, plan: TreePlan, scale: float,
-            splits: int | None) -> Tensor:  # fmt: skip
+def _over_tree(q: Tensor, keys: Tensor, values: Tensor, plan: TreePlan, scale: float) -> Tensor:
     """Prefix by flash-attn without a causal mask, tree beside it, merged. All [B, N, Hq, D]."""
     out, lse, *_ = _kvcache()(
         q, keys.transpose(1, 2), values.transpose(1, 2),
         cache_seqlens=plan.lengths, cache_batch_idx=plan.slots, softmax_scale=scale, causal=False,
-        num_splits=splits or 0, return_softmax_lse=True,
+        return_softmax_lse=True,
     )  # fmt: skip
     prefix = Partial(out, lse.transpose(1, 2))
     return merge([prefix, _tree_block(q, keys, values, plan, scale)]).out.to(q.dtype)
@@ -188,11 +143,7 @@ class FlashAttention:
     name = "flash"
 
     def plan(self, rows: Rows, cache: KVCache, window: int | None) -> TreePlan:
-        """Index tensors and the tree's mask, once for all layers.
-
-        Raises:
-            UnsupportedError: a window, a dtype flash-attn lacks, or flash-attn is not installed.
-        """
+        """See `plan_of`. Raises UnsupportedError for a window or a dtype flash-attn lacks, or where it is not there."""
         _refuse(window, None)
         _kvcache()
         if cache.kv.dtype not in (torch.float16, torch.bfloat16):
@@ -200,16 +151,10 @@ class FlashAttention:
                 "flash-attn has no kernels for this dtype", field="dtype", value=str(cache.kv.dtype),
                 allowed="float16, bfloat16", remedy="Use the triton or the reference attention.",
             )  # fmt: skip
-        if rows.ancestors is None:
-            return plan_chunk(rows.slots, rows.lengths + rows.offset, rows.positions.shape[1])
-        total = rows.offset + rows.positions.shape[1]
-        return plan_tree(rows.slots, rows.lengths, rows.ancestors, total)
+        return plan_of(rows)
 
     def attend(self, query: Tensor, cache: KVCache, layer: int, plan: TreePlan, scale: float,
                softcap: float | None = None) -> Tensor:  # fmt: skip
         """query [B, N, H, D] -> [B, N, H, D]."""
         _refuse(None, softcap)
-        keys, values = cache.kv[layer, 0], cache.kv[layer, 1]
-        if plan.sees is None:
-            return _causal(query, keys, values, plan, scale)
-        return _attend(query, keys, values, plan, scale, None)
+        return attend(query, cache.kv[layer, 0], cache.kv[layer, 1], plan, scale)

@@ -74,11 +74,7 @@ def both(rows: Rows, heads: int = 6) -> tuple[Tensor, Tensor]:
     cache, reference = filled_cache(), ReferenceAttention()
     q = queries(rows.positions.shape[1], heads)
     expected = reference.attend(q, cache, 1, reference.plan(rows, cache, None), SCALE)
-    keys, values = cache.kv[1, 0], cache.kv[1, 1]
-    seen = flash.tree_attention(
-        q, keys, values, rows.slots, rows.lengths, rows.ancestors, offset=rows.offset, scale=SCALE
-    )
-    return seen, expected
+    return flash.attend(q, cache.kv[1, 0], cache.kv[1, 1], flash.plan_of(rows), SCALE), expected
 
 
 SLOTS, LENGTHS = torch.tensor([2, 0, 3]), torch.tensor([17, 0, 40])
@@ -99,31 +95,12 @@ def test_a_drafting_level_equals_the_reference(installed: str) -> None:
 
 def test_a_chunk_equals_the_reference(installed: str) -> None:
     torch.testing.assert_close(*both(chunk_rows(SLOTS, LENGTHS, 9)))
-    cache = filled_cache()
-    chunk = flash.prefill(queries(9), cache.kv[1, 0], cache.kv[1, 1], SLOTS, LENGTHS, scale=SCALE)
-    torch.testing.assert_close(chunk, both(chunk_rows(SLOTS, LENGTHS, 9))[1])
 
 
-def test_more_than_64_tree_rows_take_two_words(installed: str) -> None:
-    q = queries(4)
-    sees = torch.zeros(3, 4, 70, dtype=torch.bool)
-    sees[:, torch.arange(4), torch.arange(66, 70)] = True
-    sees[:, :, [0, 40, 65]] = True
-    bits = sees.long() << (torch.arange(70) % 64)
-    words = torch.stack([bits[..., :64].sum(-1), bits[..., 64:].sum(-1)], -1)
-    lengths = torch.tensor([5, 0, 1])
-    cache = KVCache(CacheShape(1, 2, 8, torch.float64, torch.device("cpu")), 4, 80)
-    cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(2)))
-    keys, values = cache.kv[0, 0], cache.kv[0, 1]
-    seen = flash.tree_attention(q, keys, values, SLOTS, lengths, words, offset=66, scale=SCALE)
-    for b, length in enumerate(lengths.tolist()):
-        for node in range(4):
-            at = torch.cat([torch.arange(length), length + sees[b, node].nonzero()[:, 0]])
-            lane = cache.kv[0, :, SLOTS[b], :, at].repeat_interleave(3, 1)  # [2, Hq, keys, D]
-            weight = torch.einsum("hd,hld->hl", q[b, node], lane[0]).mul(SCALE).softmax(-1)
-            torch.testing.assert_close(seen[b, node], torch.einsum("hl,hld->hd", weight, lane[1]))
-    with pytest.raises(UnsupportedError, match="words"):
-        flash.tree_attention(q, keys, values, SLOTS, lengths, words[..., 0], offset=66, scale=SCALE)
+def test_more_tree_rows_than_a_word_has_bits_are_refused(installed: str) -> None:
+    rows = level_rows(SLOTS, LENGTHS, (LENGTHS[:, None] + 2).expand(3, 2), TREE.ancestors[:, 4:], 63)
+    with pytest.raises(UnsupportedError, match="65; allowed: at most 64"):
+        flash.plan_of(rows)
 
 
 def test_the_protocol_equals_the_reference_in_half_precision(installed: str) -> None:
@@ -139,18 +116,8 @@ def test_the_protocol_equals_the_reference_in_half_precision(installed: str) -> 
     assert attention.attend(q, cache, 1, chunk, SCALE).shape == q.shape
 
 
-@pytest.mark.parametrize("option", [{"window": 8}, {"softcap": 5.0}])
-def test_windows_and_soft_caps_are_refused(installed: str, option: dict[str, Any]) -> None:
-    """Trimmed builds of flash-attn ignore both without a word."""
-    cache, q = filled_cache(), queries(6)
-    keys, values = cache.kv[0, 0], cache.kv[0, 1]
-    with pytest.raises(UnsupportedError, match=next(iter(option))):
-        flash.tree_attention(q, keys, values, SLOTS, LENGTHS, TREE.ancestors, offset=0, scale=SCALE, **option)
-    with pytest.raises(UnsupportedError, match=next(iter(option))):
-        flash.prefill(q, keys, values, SLOTS, LENGTHS, scale=SCALE, **option)
-
-
 def test_the_protocol_refuses_at_the_door(installed: str) -> None:
+    """Trimmed builds of flash-attn ignore windows and soft caps without a word."""
     attention, rows = flash.FlashAttention(), tree_rows(SLOTS, LENGTHS, TREE)
     half = filled_cache(torch.bfloat16)
     with pytest.raises(UnsupportedError, match="window"):
