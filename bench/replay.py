@@ -97,10 +97,8 @@ class ReplayDrafter:
         self.texts = torch.tensor(rows, device=device)  # [P, T]
         draws = torch.rand(self.texts.shape, generator=torch.Generator().manual_seed(0))
         self.draws = draws.to(device)
-        self.prompt = torch.zeros(
-            slots, dtype=torch.int64, device=device
-        )  # number of the prompt in each slot
-        self.start = torch.zeros(slots, dtype=torch.int64, device=device)  # its length
+        # of each slot: the number of its prompt, and that prompt's length
+        self.prompt, self.start = torch.zeros(2, slots, dtype=torch.int64, device=device).unbind()
         self._layouts: dict[tuple[int, int, int], Layout] = {}
 
     def admit(self, slot: int, tokens: Tensor, features: Tensor, root: int) -> None:
@@ -129,9 +127,8 @@ class ReplayDrafter:
         parents, depths, apart = layout.parents[:nodes], layout.depths[:nodes], layout.apart[:nodes]
         right, hit = self._ahead(context, layout.alpha)
         known = torch.cat([context.roots[:, None], right], dim=1)[:, depths]
-        off = torch.where(
-            apart == 0, ~hit[:, depths], apart
-        )  # a wrong draft is the right token plus something
+        # a wrong draft is the right token plus something
+        off = torch.where(apart == 0, ~hit[:, depths], apart)
         return build((known + off) % self.vocab, parents.expand(len(known), -1),
                      scores=layout.scores[:nodes].expand(len(known), -1))  # fmt: skip
 
@@ -143,9 +140,8 @@ class ReplayDrafter:
         places = (at[:, None] + depth).clamp(max=last)
         # one number per place, turned by depth: draws of one round, and of one place in two rounds, differ
         draws = (self.draws[prompt[:, None], places] + depth * TURN) % 1
-        same = (
-            self.texts[prompt, at.clamp(max=last)] == context.roots
-        )  # else rounding led the target elsewhere
+        # where they differ, rounding led the target elsewhere
+        same = self.texts[prompt, at.clamp(max=last)] == context.roots
         hit = torch.cat([torch.ones_like(same)[:, None], (draws < alpha) & same[:, None]], dim=1)
         return self.texts[prompt[:, None], places], hit.cumprod(dim=1).bool()
 

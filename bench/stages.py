@@ -98,9 +98,8 @@ def run_ceilings(setting: Setting) -> None:
 
 def run_compile(setting: Setting) -> None:
     """Fill Triton's cache by all cores, before anything is timed."""
-    jobs = (
-        warm.commands() if not setting.smoke else [("bench.ceilings",), ("bench.missing",)]
-    )  # one that fails
+    # the second of these fails
+    jobs = warm.commands() if not setting.smoke else [("bench.ceilings",), ("bench.missing",)]
     start = time.monotonic()
     told = warm.run(jobs)
     note("compile", {"seconds": round(time.monotonic() - start, 1), "jobs": len(jobs),

@@ -77,9 +77,8 @@ class KVCache:
     def write(self, layer: int, rows: RowIndex, keys: Tensor, values: Tensor) -> None:
         """Store new rows. keys, values: [B, N, kv_heads, head_dim]."""
         plane = self.kv[layer]
-        if (
-            rows.spans is not None and len(rows.spans) <= FEW
-        ):  # slice copies beat index_put for a few requests
+        # slice copies beat index_put for a few requests
+        if rows.spans is not None and len(rows.spans) <= FEW:
             for row, (slot, start) in enumerate(rows.spans):
                 stop = start + keys.shape[1]
                 plane[0, slot, :, start:stop] = keys[row].transpose(0, 1)

@@ -211,9 +211,8 @@ class EagleDrafter:
         for start in range(0, len(tokens), CHUNK):
             part, seen = tokens[start : start + CHUNK], features[start : start + CHUNK]
             count = len(part)
-            spare = spare_rows(
-                count, MAX_NODES, self.head.dtype, part.device
-            )  # written where the next rows go
+            # written where the next rows go
+            spare = spare_rows(count, MAX_NODES, self.head.dtype, part.device)
             part, seen = pad(part, (0, spare)), pad(seen, (0, 0, 0, spare))
             rows = chunk_rows(where, torch.tensor([lane.rows], device=tokens.device), len(part))
             y = self.forward(part[None], self.head.fuse(seen[None].to(self.head.dtype)), rows)

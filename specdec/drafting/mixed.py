@@ -25,15 +25,13 @@ from specdec.drafting.sketch import Sketch, falling, of_tree, to_tree
 from specdec.tree import DraftTree, root_only
 
 PROMISES = (0.0, 0.1, 0.4, 1.0, 2.0)  # lower edges of the tokens that lookups alone promise a round
-PRIOR = (0.4, 0.3, 0.2, 0.0, -0.2)  # tokens that asking the head is taken to add, before anything was seen,
-USUAL = 0.25  # where two levels and two nodes cost so many
+# tokens that asking the head is taken to add before anything was seen, where two levels and two nodes cost USUAL
+PRIOR, USUAL = (0.4, 0.3, 0.2, 0.0, -0.2), 0.25
 PRIOR_ROUNDS = 6.0  # rounds the prior counts for
 DECAY = 0.95  # of what was seen: about the last twenty rounds
-SHORTEST_WAIT, LONGEST_WAIT = (
-    4,
-    64,
-)  # rounds between two questions to a head that does not pay, for each request: it
-# has to read first what all of them wrote meanwhile
+# rounds between two questions to a head that does not pay, for each request: it has to read first what all of them
+# wrote meanwhile
+SHORTEST_WAIT, LONGEST_WAIT = 4, 64
 SUREST = 0.999  # no edge is certain, so that a child never ranks with its parent
 
 

@@ -161,10 +161,8 @@ class Engine:
                 return [self._end(running[0], "error", _told(error))]
             return [piece for r in running for piece in self._run([r], shape)]  # find the culprit alone
         emitted = Emitted.of(outcome)
-        told_apart = self.target.info.device.type == "cpu"
-        seconds = (
-            outcome.seconds if told_apart else None
-        )  # a device runs behind the host, whose clock this is
+        # a device runs behind the host, whose clock this is
+        seconds = outcome.seconds if self.target.info.device.type == "cpu" else None
         self.budget.note(shape, outcome.tree, sum(emitted.counts), seconds)
         if self.recorder is not None:
             self.recorder.record(_as_round(batch, outcome))

@@ -49,9 +49,8 @@ class CudaRecording:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._first: torch.cuda.CUDAGraph | None = (
-            None  # a pool whose last graph is gone cannot be captured into
-        )
+        # a pool whose last graph is gone cannot be captured into
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def record(self, work: Work, restore: Work = nothing) -> Work:
         """Warm up on a side stream, then capture."""

@@ -19,9 +19,8 @@ from specdec.fused.cuts import ROWS, Cut, Kind, candidates, enough
 from specdec.fused.layer import gate, norm
 from specdec.fused.product import product
 
-POOL = (
-    2**29
-)  # bytes of matrices that a trial walks, several times any L2 cache; a larger one is tried by itself
+# bytes of matrices that a trial walks, several times any L2 cache; a larger one is tried by itself
+POOL = 2**29
 MOST, REPEATS = 128, 5  # matrices of a trial; runs of it
 SLACK = 1e-2  # between two roundings of one product; bfloat16's norms come to 0.006
 _cuts: dict[Kind, Cut | None] = {}

@@ -24,12 +24,8 @@ from specdec.native import linear as native
 PACK_ROWS = 16  # the row count oneDNN's layout is tuned for: a small tree; single rows lose nothing by it
 Packing = Literal["native", "onednn"]
 
-
 KERNEL_ROWS = 32  # chunks of a prompt are padded to multiples of this for oneDNN, see `spare_rows`
-CACHES = (
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-    "LRU_CACHE_CAPACITY",
-)  # oneDNN's own, and that of PyTorch's wrapper
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and PyTorch's wrapper's
 CACHED = 256  # kernels: about as many as a few batch sizes with their usual trees need
 
 

@@ -65,13 +65,9 @@ class Rope:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin for positions [B, N], each [B, N, 1, head_dim], ready for `rotate`."""
-        (b, n), size, flat = (
-            positions.shape,
-            self.cos.shape[1],
-            positions.reshape(-1),
-        )  # indexing takes twice as long
-        cos, sin = (table.index_select(0, flat).view(b, n, 1, size) for table in (self.cos, self.sin))
-        return cos, sin
+        flat, shape = positions.reshape(-1), (*positions.shape, 1, self.cos.shape[1])
+        # indexing takes twice as long
+        return self.cos.index_select(0, flat).view(shape), self.sin.index_select(0, flat).view(shape)
 
 
 class Angles:

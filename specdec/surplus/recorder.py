@@ -91,9 +91,8 @@ class EngineRecorder:
         tree = round.tree
         chance = node_probs(tree, round.logits, self.temperature)
         expected = expected_length(tree, chance)
-        if (
-            tree.probs is not None
-        ):  # a sampled chain is not walked: its rule keeps more than the children's mass
+        # a sampled chain is not walked: its rule keeps more than the children's mass
+        if tree.probs is not None:
             expected = torch.full_like(expected, float("nan"))
         mass, confidence = _offers(tree, chance)
         for row in rows:

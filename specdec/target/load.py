@@ -127,9 +127,8 @@ def load_weights(
     """
     config = load_config(files.directory)
     if isinstance(placement, Mapping) and set(placement) == {""} and not config.get("quantization_config"):
-        check_room(
-            files, dtype, torch.device(placement[""])
-        )  # accelerate plans for several devices by itself
+        # accelerate plans for several devices by itself
+        check_room(files, dtype, torch.device(placement[""]))
     return _lean(files, config, dtype, placement, prefer) or _adapter(files, dtype, placement)
 
 

@@ -71,9 +71,8 @@ def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:
-    exact = torch.tensor(
-        [1.0, 1.00390625, 1.01171875, -3.0e38, 1e-40, 65280.0]
-    )  # ties, a denormal, large ones
+    # ties, a denormal, large ones
+    exact = torch.tensor([1.0, 1.00390625, 1.01171875, -3.0e38, 1e-40, 65280.0])
     y = native.linear(torch.ones(1, 1, dtype=torch.bfloat16), native.pack(exact[:, None]), 6)
     assert torch.equal(y[0], exact.bfloat16())
 

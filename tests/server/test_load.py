@@ -45,9 +45,8 @@ def test_a_request_of_nan_fails_alone(decoder: SpecDecoder) -> None:
         with ThreadPoolExecutor(3) as pool:
             first = pool.submit(complete, live, PROMPT, 40, ignore_eos=True)
             sick = pool.submit(complete, live, [50, 99, 51, 99])
-            later = pool.submit(
-                complete, live, [50, 51], 6, logit_bias={"99": 100}
-            )  # meets it while decoding
+            # meets it while decoding
+            later = pool.submit(complete, live, [50, 51], 6, logit_bias={"99": 100})
         assert first.result().json()["choices"] == good
         for failed in (sick.result(), later.result()):
             assert failed.status_code == 500
