@@ -1,8 +1,8 @@
 """Soft labels: the target's own law at any captured row, in full or with the vocabulary tail as one symbol.
 
-Lumping is an exact coarse-graining: it can only lower an information, never invent one (data processing), and
-`coarse_graining_loss` says by how much. Knows no probe. Dimension legend: V vocabulary, m kept tokens, M
-label symbols (V, or m + 1 when lumped), T rows, n rows asked for.
+Lumping is an exact coarse-graining: it can only lower an information, never invent one (data processing). Knows no
+probe. Dimension legend: V vocabulary, m kept tokens, M label symbols (V, or m + 1 when lumped), T rows, n rows asked
+for.
 """
 
 from __future__ import annotations
