@@ -14,7 +14,6 @@ from torch import Tensor
 
 SWITCH = "SPECDEC_FUSED"  # "0" leaves the kernels out
 OVERLAP = "SPECDEC_OVERLAP"  # "0" lets every kernel start after the one before
-WORD = 64  # nodes of a tree, at most: bits of an ancestor word
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

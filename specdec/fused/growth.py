@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.fused.available import WORD, launching, power
+from specdec.fused.available import launching, power
+from specdec.tree import MAX_NODES
 
 WIDEST = 16  # a frontier's candidates are one tile
 SPLITS = 16  # shares of a vocabulary, at most; fewer where a share would be below `SHARE`
@@ -52,7 +53,7 @@ class Candidates:
 
 def capacity(width: int, depth: int) -> int:
     """C: the most candidates that so many levels can have, while their head rows fit into a word."""
-    levels = min(depth, WORD // width + 1)
+    levels = min(depth, MAX_NODES // width + 1)
     return width + (levels - 1) * width * width
 
 
