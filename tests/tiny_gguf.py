@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,12 @@ TOKENS = [*SPECIAL, *BYTES, "12", "Ġa"]
 END_OF_TEXT, END_OF_TURN = 0, 2
 
 
-def write(path: Path, arch: str = "llama", pre: str = "smollm", twin_head: bool = False) -> Path:
-    """A model of `arch` with a byte-level vocabulary; `twin_head` stores the embedding twice, with noise."""
+def write(
+    path: Path, arch: str = "llama", pre: str = "smollm", twin_head: bool = False, *,
+    said: Mapping[str, str | int | float] | None = None, more: Mapping[str, np.ndarray] | None = None,
+) -> Path:  # fmt: skip
+    """A model of `arch` with a byte-level vocabulary; `twin_head` stores the embedding twice, with noise. `said` are
+    further values of the architecture, `more` further tensors."""
     writer = GGUFWriter(path, arch)
     writer.add_name("tiny")
     writer.add_context_length(256)
@@ -29,7 +34,10 @@ def write(path: Path, arch: str = "llama", pre: str = "smollm", twin_head: bool 
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(TOKENS))
     _vocabulary(writer, pre)
-    for name, tensor in _tensors(twin_head, bias=arch == "qwen2").items():
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in (said or {}).items():
+        add[type(value)](f"{arch}.{key}", value)
+    for name, tensor in (_tensors(twin_head, bias=arch == "qwen2") | dict(more or {})).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

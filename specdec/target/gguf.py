@@ -16,18 +16,20 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import GGUFReader
+from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from rich.console import Console
+from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.errors import CheckpointError, UnsupportedError
+from specdec.target.gguf_rope import FACTORS, state_rope
 from specdec.target.weights import check_finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 AGAIN = "Fetch it again."
-RECIPE = 2  # raise when what `convert` writes changes: cached conversions are then made again
+RECIPE = 3  # raise when what `convert` writes changes: cached conversions are then made again
 ARCHITECTURE, PRE, END_OF_TURN = "general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id"
 SAMPLED_ROWS = 1024
 TWINS = 0.98  # mean cosine of two quantised copies of one embedding; of two different matrices it is near 0
@@ -45,6 +47,10 @@ MENDED: dict[str, dict[str, Any]] = {
     "smollm": {"pre_tokenizer": DIGITS, "decoder": BYTES, "normalizer": None},
     "qwen2": {"normalizer": {"type": "NFC"}},
 }
+LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27B: alone of their families they do not scale queries by the head size. No key says so; llama.cpp too
+knows them by their layers."""
+_CODES = {name: code for code, name in MODEL_ARCH_NAMES.items()}
 QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen ends a turn with the first and a text with the second
 
 
@@ -56,11 +62,17 @@ class Header:
         architecture: llama.cpp's name, such as "llama" or "qwen2".
         pre: llama.cpp's name of the pre-tokenizer; "" if absent.
         end_of_turn: a stop id beside the end of sequence, if the file names one.
+        said: the architecture's own values, by key without its name.
+        factors: of rotary frequencies, by tensor name.
+        sizes: numbers in each weight, by tensor name.
     """
 
     architecture: str
     pre: str
     end_of_turn: int | None
+    said: Mapping[str, Any]
+    factors: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
 
 
 def read_header(source: Path) -> Header:
@@ -70,15 +82,32 @@ def read_header(source: Path) -> Header:
         CheckpointError: not a GGUF file, or truncated.
     """
     try:
-        fields = GGUFReader(source).fields
-        said = {name: fields[name].contents() for name in (ARCHITECTURE, PRE, END_OF_TURN) if name in fields}
+        reader = GGUFReader(source)
+        said = {
+            name: reader.fields[name].contents()
+            for name in (ARCHITECTURE, PRE, END_OF_TURN)
+            if name in reader.fields
+        }
+        own = f"{said.get(ARCHITECTURE)}."
+        values = {
+            name.removeprefix(own): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(own)
+        }
+        factors = {
+            tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name in FACTORS
+        }
+        sizes = {
+            tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS
+        }
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"is not a GGUF file, or truncated: {error}", field=str(source),
                               remedy=AGAIN) from error  # fmt: skip
     if ARCHITECTURE not in said:
         raise CheckpointError("names no architecture", field=str(source))
     eot = said.get(END_OF_TURN)
-    return Header(str(said[ARCHITECTURE]), str(said.get(PRE, "")), None if eot is None else int(eot))
+    return Header(str(said[ARCHITECTURE]), str(said.get(PRE, "")), None if eot is None else int(eot), values, factors,
+                  sizes)  # fmt: skip
 
 
 def convert(source: Path, directory: Path, name: str) -> None:
@@ -96,6 +125,8 @@ def convert(source: Path, directory: Path, name: str) -> None:
     with console.status(message), redirect_stderr(io.StringIO()):
         header = read_header(source)
         model, tokenizer = _read(source)
+        _refuse_leftovers(header, model)
+        state_attention(header.architecture, header.said, header.factors, model.config)
         _tie_twins(model)
         _drop_quantization(model)
         for tensor, weight in model.named_parameters():
@@ -127,6 +158,28 @@ def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError("lacks tensors", field=str(source), value=", ".join(missing[:4]))
     return model, tokenizer
+
+
+def _refuse_leftovers(header: Header, model: PreTrainedModel) -> None:
+    """transformers takes the tensors it knows by name, and is silent about others, such as biases of a Llama."""
+    if sum(header.sizes.values()) <= sum(weight.numel() for weight in model.parameters()):
+        return
+    places = get_tensor_name_map(_CODES[header.architecture], int(model.config.num_hidden_layers))
+    known = {places.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+    raise UnsupportedError("holds tensors that transformers' reader leaves out", field="GGUF file",
+                           value=", ".join(sorted(header.sizes.keys() - known)[:4]),
+                           remedy="Take its safetensors instead.")  # fmt: skip
+
+
+def state_attention(
+    architecture: str, said: Mapping[str, Any], factors: Mapping[str, Tensor], config: PretrainedConfig
+) -> None:
+    """Set in a config what the reader drops of attention and positions; see `Header`. Raises UnsupportedError."""
+    state_rope(config, said, factors)
+    if window := said.get("attention.sliding_window"):  # dropped for Phi-3; 0 stands for none
+        config.sliding_window = int(window)
+    if said.get("block_count") == LARGEST_GEMMAS.get(architecture, 0):
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def _tie_twins(model: PreTrainedModel) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_gguf
 import torch
+from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 
 from specdec.errors import CheckpointError, UnsupportedError
+from specdec.layers.rope import frequencies
 from specdec.target.files import load_config, load_state, load_tokenizer, resolve, stop_token_ids
-from specdec.target.gguf import convert
+from specdec.target.gguf import convert, state_attention
+from specdec.target.gguf_rope import FACTORS, SCALING, state_rope
+from specdec.target.lean import LeanConfig
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,87 @@ def test_an_architecture_transformers_cannot_read_is_refused(tmp_path: Path) -> 
     source = tiny_gguf.write(tmp_path / "m.gguf", "plamo")
     with pytest.raises(UnsupportedError, match="plamo"):
         convert(source, tmp_path, "m")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+SIZE, THETA = 8, 500000.0
+PLAIN, SCALED = frequencies(SIZE, THETA), frequencies(SIZE, THETA, LLAMA3)
+DIVIDED = {FACTORS[0]: PLAIN / SCALED}
+
+
+def llama() -> LlamaConfig:
+    return LlamaConfig(hidden_size=32, num_attention_heads=4)
+
+
+def test_llama_3s_positions_come_from_their_divisors(tmp_path: Path) -> None:
+    more = {name: divisors.numpy() for name, divisors in DIVIDED.items()}
+    source = tiny_gguf.write(tmp_path / "m.gguf", said={"rope.freq_base": THETA}, more=more)
+    config = LeanConfig.read(load_config(resolve(str(source), cache_dir=tmp_path / "cache").directory))
+    assert torch.allclose(frequencies(config.head_dim, config.theta, config.scaling), SCALED, rtol=1e-4)
+    assert not torch.allclose(SCALED, PLAIN, rtol=0.1)
+
+
+def test_a_tensor_that_would_be_dropped_in_silence_is_named(tmp_path: Path) -> None:
+    bias = {"blk.0.attn_q.bias": np.ones(tiny_gguf.HIDDEN, dtype=np.float32)}
+    with pytest.raises(UnsupportedError, match=r"leaves out.*blk\.0\.attn_q\.bias.*safetensors"):
+        convert(tiny_gguf.write(tmp_path / "m.gguf", more=bias), tmp_path, "m")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 64, "finetuned": True},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+        ({"type": "yarn", "factor": 1.0}, {"rope_type": "default"}),
+        ({"type": "none", "factor": 4.0}, {"rope_type": "default"}),
+    ],
+)
+def test_a_scaling_by_name_is_carried_over(said: dict[str, object], wanted: dict[str, object]) -> None:
+    config, ones = llama(), {FACTORS[0]: torch.ones(SIZE // 2)}  # which scale nothing
+    state_rope(
+        config, {"rope.freq_base": THETA} | {SCALING + key: value for key, value in said.items()}, ones
+    )
+    assert config.rope_parameters == {"rope_theta": THETA} | wanted
+
+
+@pytest.mark.parametrize(
+    ("said", "factors", "told"),
+    [
+        ({"type": "frob", "factor": 4.0}, {}, "frob.*none, linear, yarn"),
+        (
+            {"type": "yarn", "factor": 4.0, "yarn_beta_fast": 8.0},
+            {},
+            "yarn_beta_fast: is not carried over.*safetensors",
+        ),
+        ({}, {FACTORS[0]: torch.full((SIZE // 2,), 3.0)}, "not Llama 3's"),
+    ],
+)
+def test_positions_that_no_config_can_state_are_refused(
+    said: dict[str, object], factors: dict[str, torch.Tensor], told: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=told):
+        state_rope(llama(), {SCALING + key: value for key, value in said.items()}, factors)
+
+
+def test_short_and_long_factors_are_longrope() -> None:
+    config = Phi3Config(hidden_size=64, num_attention_heads=4)
+    factors = {name: torch.full((6,), float(n)) for n, name in enumerate(FACTORS) if n}
+    state_rope(config, {"rope.dimension_count": 12, SCALING + "original_context_length": 128}, factors)
+    assert config.rope_parameters == {
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0] * 6,
+        "long_factor": [2.0] * 6, "original_max_position_embeddings": 128,
+    }  # fmt: skip
+
+
+def test_gemma_scales_its_full_layers_and_the_largest_its_queries() -> None:
+    config = Gemma3TextConfig(num_hidden_layers=62, hidden_size=96, num_attention_heads=4, head_dim=16)
+    said = {"block_count": 62, SCALING + "factor": 8.0, "attention.sliding_window": 32}
+    state_attention("gemma3", said, {}, config)
+    assert config.rope_parameters["full_attention"]["factor"] == 8.0
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
+    assert (config.query_pre_attn_scalar, config.sliding_window) == (24, 32)
