@@ -31,6 +31,7 @@ from specdec.target import anatomy, bridge
 from specdec.target.fingerprint import fingerprint
 from specdec.target.protocol import States, TargetInfo
 from specdec.target.selftest import TOLERANCE
+from specdec.target.shards import first_line
 from specdec.target.weights import check_finite
 
 Report = Mapping[str, Any]
@@ -192,13 +193,14 @@ def _from_pretrained(directory: Path, dtype: torch.dtype, device_map: Any) -> tu
     load: Any = AutoModelForCausalLM.from_pretrained  # annotated without the report it returns on request
     try:
         model, report = load(
-            directory, dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True
-        )
+            directory, dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True,
+            trust_remote_code=False,  # its default asks the terminal
+        )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"transformers cannot load the weights: {error}", field="weights",
                               value=str(directory)) from error  # fmt: skip
-    except (ValueError, KeyError) as error:
-        raise UnsupportedError(f"transformers cannot build this model: {error}", field="model",
+    except (ValueError, KeyError, ImportError) as error:  # the last where a quantisation wants a package
+        raise UnsupportedError(f"transformers cannot build this model: {first_line(error)}", field="model",
                                value=str(directory)) from error  # fmt: skip
     return model, report
 

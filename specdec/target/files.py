@@ -161,7 +161,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             "has no tokenizer files", field="tokenizer", value=str(directory), remedy=NEEDED
         )
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
         raise CheckpointError(f"cannot be loaded: {first_line(error)}", field="tokenizer",
                               value=str(directory), remedy=NEEDED) from error  # fmt: skip

@@ -25,12 +25,15 @@ from specdec.layers.norm import RMSNorm
 from specdec.layers.rope import SCALINGS, Angles, Rope, frequencies
 from specdec.layers.whole import Parts, Whole, whole
 from specdec.target.protocol import States
+from specdec.target.stated import stated_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BIASED = (
     "llama",
     "qwen3",
 )  # families whose `attention_bias` means something; qwen2 always has it on q, k and v
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""That a config must name: the defaults are of one model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,49 +65,46 @@ class LeanConfig:
         if family not in FAMILIES:
             raise UnsupportedError("not a family of the lean decoder", field="model_type", value=family,
                                    allowed=", ".join(FAMILIES))  # fmt: skip
-        _refuse_extras(config)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        layers, heads = _count(config, "num_hidden_layers"), _count(config, "num_attention_heads")
-        bias = family in BIASED and bool(config.get("attention_bias", False))
+        for size in SIZES:
+            _check_size(config, size)
+        c = stated_config(config).to_dict()
+        _refuse_extras(c)
+        rope, layers, heads = c["rope_parameters"], c["num_hidden_layers"], c["num_attention_heads"]
+        bias = family in BIASED and bool(c.get("attention_bias", False))
         return LeanConfig(
-            vocab=_count(config, "vocab_size"),
-            hidden=_count(config, "hidden_size"),
-            intermediate=_count(config, "intermediate_size"),
+            vocab=c["vocab_size"],
+            hidden=c["hidden_size"],
+            intermediate=c["intermediate_size"],
             layers=layers,
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            eps=float(config.get("rms_norm_eps", 1e-6)),
-            theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            scaling=rope if _kind(rope) != "default" else None,
-            max_length=int(config.get("max_position_embeddings", 2048)),
+            kv_heads=int(c["num_key_value_heads"]),
+            head_dim=int(c.get("head_dim") or c["hidden_size"] // heads),
+            eps=float(c["rms_norm_eps"]),
+            theta=float(rope["rope_theta"]),
+            scaling=rope if rope["rope_type"] != "default" else None,
+            max_length=int(c["max_position_embeddings"]),
             qkv_bias=family == "qwen2" or bias,
             out_bias=bias,
             qk_norm=family == "qwen3",
-            tied=bool(config.get("tie_word_embeddings", False)),
-            windows=_windows(config, layers),
+            tied=bool(c["tie_word_embeddings"]),
+            windows=_windows(c, layers),
         )
 
 
-def _count(config: Mapping[str, Any], field: str) -> int:
+def _check_size(config: Mapping[str, Any], field: str) -> None:
     value = config.get(field)
     if not isinstance(value, int) or value < 1:
         raise CheckpointError("says no size", field=f"{field} in config.json", value=value,
                               allowed="a whole number from 1", remedy="Fetch the weights again.")  # fmt: skip
-    return value
-
-
-def _kind(rope: Mapping[str, Any]) -> str:
-    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _refuse_extras(config: Mapping[str, Any]) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config["rope_parameters"]
     needs = {
-        "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
+        "hidden_act": (config["hidden_act"], ("silu",)),
         "mlp_bias": (bool(config.get("mlp_bias", False)), (False,)),
-        "rope_type": (_kind(rope), SCALINGS),
-        "partial_rotary_factor": (float(rope.get("partial_rotary_factor") or 1.0), (1.0,)),
+        "rope_type": (rope.get("rope_type"), SCALINGS),
+        "partial_rotary_factor": (float(rope.get("partial_rotary_factor", 1.0)), (1.0,)),
     }
     for field, (value, allowed) in needs.items():
         if value not in allowed:
@@ -113,15 +113,13 @@ def _refuse_extras(config: Mapping[str, Any]) -> None:
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Sliding window per layer: explicit layer types, Qwen's upper layers, or Mistral's everywhere."""
-    window = config.get("sliding_window")
-    if window is None or (config["model_type"] != "mistral" and not config.get("use_sliding_window", False)):
+    """Sliding window per layer: Mistral's in all, Qwen's where it says so, none for Llama whatever it says."""
+    family, window = config["model_type"], config.get("sliding_window")
+    if family == "mistral":
+        return (window,) * layers
+    if not family.startswith("qwen"):
         return (None,) * layers
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = int(config.get("max_window_layers", 0)) if config["model_type"].startswith("qwen") else 0
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in config["layer_types"])
 
 
 class Block(nn.Module):

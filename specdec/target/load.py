@@ -35,6 +35,7 @@ from specdec.target.precision import fastest_dtype
 from specdec.target.protocol import States, Target, TargetInfo
 from specdec.target.selftest import self_test
 from specdec.target.source import Source
+from specdec.target.stated import stated_config
 from specdec.target.weights import EMBEDDING, HEAD, assemble, check_names, lean_shapes
 
 Prefer = Literal["auto", "lean", "adapter"]
@@ -108,10 +109,12 @@ def load_target(name: str, *, dtype: DtypeChoice = None, device: str | torch.dev
             UnsupportedError naming the architecture and what it lacks.
     """
     files = resolve(name)
-    tokenizer = load_tokenizer(files.directory)  # first, so that a lack of it is told in seconds
+    config = load_config(files.directory)
+    stated_config(config)  # before the tokenizer's loader, which reads it too and would be blamed
+    tokenizer = load_tokenizer(files.directory)  # before the weights, so that a lack of it is told in seconds
     if isinstance(device_map, Mapping):
         _check_devices(device_map)
-    kind = _dtype(dtype, load_config(files.directory), torch.device(device))
+    kind = _dtype(dtype, config, torch.device(device))
     with current(torch.device(device)):
         target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
     return LoadedTarget(target, tokenizer, files)

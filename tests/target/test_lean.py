@@ -100,7 +100,8 @@ def test_freezing_packs_every_projection(checkpoint: Checkpoint) -> None:
         ({"model_type": "gemma2"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
@@ -117,3 +118,29 @@ def test_windows_follow_the_config() -> None:
     upper = {k: v for k, v in tiny.config("qwen2").to_dict().items() if k != "layer_types"}
     upper |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 6}
     assert LeanConfig.read(upper).windows == (None,) * 6 + (4, 4)
+
+
+UNSAID = {"mistral": {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+          "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+          "qwen3": {"head_dim": 128}}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", UNSAID)
+def test_what_a_config_leaves_out_is_transformers_default(arch: str) -> None:
+    said = {key: value for key, value in tiny.config(arch).to_dict().items() if key not in UNSAID[arch]}
+    read = LeanConfig.read(said)
+    found = {"sliding_window": read.windows[0], "num_key_value_heads": read.kv_heads, "head_dim": read.head_dim,
+             "max_position_embeddings": read.max_length}  # fmt: skip
+    assert found.items() >= UNSAID[arch].items()
+
+
+def test_a_scaling_added_beside_the_parameters_counts() -> None:
+    """As model cards say, to a config that transformers 5 wrote."""
+    config = tiny.config("qwen2").to_dict() | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    read = LeanConfig.read(config)
+    assert read.scaling is not None and read.scaling["factor"] == 4.0
+
+
+def test_llama_has_no_windows_whatever_its_config_says() -> None:
+    config = tiny.config("llama").to_dict() | {"sliding_window": 4, "use_sliding_window": True}
+    assert LeanConfig.read(config).windows == (None,) * tiny.LAYERS
