@@ -27,6 +27,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 NEEDED = "Put tokenizer.json and tokenizer_config.json there."
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+HUB_TWINS = ("*/*", "consolidated*.safetensors")
+"""Other formats of the same weights: folders of a repository, and Mistral's own beside transformers'."""
 DOORS = f"{embedded.NAME}, a directory, a .gguf file, or a Hub id such as org/model"
 
 
@@ -96,8 +98,7 @@ def _from_hub(name: str) -> TargetFiles:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
-        # weights live at the top; folders of a repository hold other formats of the same
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(HUB_TWINS)))
 
     try:
         path = fetch(*HUB_FILES, "*.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def test_a_hub_snapshot_is_a_directory(own: Path, monkeypatch: pytest.MonkeyPatc
 
     def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append(allow_patterns)
+        assert not any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in ignore_patterns)
+        assert any(fnmatch("consolidated.safetensors", pattern) for pattern in ignore_patterns)  # a twin
         if "pytorch_model*.bin" in allow_patterns:
             torch.save({"a": torch.ones(1)}, own / "pytorch_model.bin")
         return str(own)
