@@ -117,6 +117,9 @@ def load_target(name: str, *, dtype: DtypeChoice = None, device: str | torch.dev
     kind = _dtype(dtype, config, torch.device(device))
     with current(torch.device(device)):
         target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
+    eos = tokenizer.eos_token_id
+    if not target.info.stop_ids and eos is not None:  # no config names one: better than an answer without end
+        target.info = replace(target.info, stop_ids=(eos,))
     return LoadedTarget(target, tokenizer, files)
 
 

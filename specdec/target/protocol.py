@@ -26,7 +26,7 @@ class TargetInfo:
         architecture: of its config, such as LlamaForCausalLM.
         vocab, hidden, layers: sizes.
         max_length: positions it was made for.
-        stop_ids: its own end-of-sequence tokens.
+        stop_ids: its own end-of-sequence tokens; its tokenizer's where its configs name none.
         dtype, device: of its weights.
         fingerprint: hash of sizes and of the output embedding; a head stores the one it was trained on.
         cache: what a KV cache for it looks like.

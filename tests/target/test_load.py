@@ -125,6 +125,17 @@ def test_a_config_without_a_size_is_named(size: str, tmp_path: Path) -> None:
         loaded(path)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_tokenizer_knows_the_end_where_no_config_does(arch: str, tmp_path: Path) -> None:
+    path = tiny.save(arch, tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        about = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps({k: v for k, v in about.items() if k != "eos_token_id"}))
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": None}
+    (path / "config.json").write_text(json.dumps(config))
+    assert loaded(path).info.stop_ids == (2,)
+
+
 def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     path = tiny.save("llama", tmp_path)
     weights = path / "model.safetensors"
