@@ -77,6 +77,9 @@ class HFTarget:
             final = self._parts.base(
                 input_ids=tokens, position_ids=positions, use_cache=True, **self._cache
             ).last_hidden_state.to(self.info.device)
+        if any(states.dim() != final.dim() for states in tapped.values()):
+            raise UnsupportedError("passes on several streams between layers (as Gemma 3n), which no head can read",
+                                   field=self.info.architecture, remedy="Draft with ngram.")  # fmt: skip
         features = torch.cat([tapped[k].to(final.device) for k in taps], dim=-1) if taps else final[..., :0]
         return States(final, features)
 
@@ -258,7 +261,7 @@ def _probe(model: PreTrainedModel, tokens: Tensor) -> bridge.Probe:
 
 def _check_probe(probe: bridge.Probe, model: PreTrainedModel, layers: int) -> None:
     architecture = anatomy.architecture(model)
-    if not probe.heads or len(probe.calls) != layers:
+    if not probe.stored or len(probe.calls) != layers:
         raise UnsupportedError(
             "cannot verify trees: some layers bypass the attention interface or the cache of transformers",
             field=architecture, value=f"{len(probe.calls)} of {layers} layers",
@@ -285,7 +288,7 @@ def _info(model: PreTrainedModel, probe: bridge.Probe, name: str, stop_ids: tupl
         dtype=model.dtype,
         device=device,
         fingerprint=fingerprint(weight, layers),
-        cache=CacheShape(layers, max(probe.heads.values()), max(probe.widths.values()), model.dtype, device),
+        cache=CacheShape(layers, probe.heads, probe.width, model.dtype, device),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
 

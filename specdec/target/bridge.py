@@ -82,7 +82,12 @@ class Pass:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         # layers that share an earlier layer's keys pass the very tensor that layer stored
-        layer = self._owner.get(id(keys), self._layer)
+        layer = self._owner.get(id(keys))
+        if (
+            layer is None
+        ):  # keys made of what was stored, as by latent attention: these are what later rows must see
+            layer = self._layer
+            self.store(layer, keys, values)
         if call.window not in self._plans:
             self._plans[call.window] = self.attention.plan(self.rows, self.cache, call.window)
         width = max(keys.shape[-1], values.shape[-1])
@@ -107,20 +112,26 @@ def _wide(x: Tensor, width: int) -> Tensor:
 
 @dataclass(slots=True)
 class Probe:
-    """A forward that only looks: which layers store rows of which size, and what their attention asks for."""
+    """A forward that only looks: how many heads of which size rows have at most, and what attention asks for."""
 
-    heads: dict[int, int] = field(default_factory=dict)
-    widths: dict[int, int] = field(default_factory=dict)
+    heads: int = 0
+    width: int = 0
+    stored: bool = False
     calls: list[Call] = field(default_factory=list)
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self.heads[layer] = keys.shape[1]
-        self.widths[layer] = max(keys.shape[-1], values.shape[-1])
+        self.stored = True
+        self._see(keys, values)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         self.calls.append(call)
+        self._see(keys, values)  # larger, it may be, than what the layer gave its cache
         b, h, n, _ = query.shape
         return query.new_zeros(b, n, h, values.shape[-1])
+
+    def _see(self, keys: Tensor, values: Tensor) -> None:
+        self.heads = max(self.heads, keys.shape[1])
+        self.width = max(self.width, keys.shape[-1], values.shape[-1])
 
 
 class SpecLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers

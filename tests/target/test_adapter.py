@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     BloomConfig,
+    DeepseekV3Config,
+    Gemma3nTextConfig,
     GPT2Config,
     GptOssConfig,
     Phi3Config,
@@ -26,6 +28,7 @@ from specdec.errors import CheckpointError, UnsupportedError
 from specdec.target import anatomy
 from specdec.target.adapter import HFTarget, adapt, load_adapter
 from specdec.target.bridge import Call, Pass
+from specdec.target.selftest import self_test
 from specdec.tree import build
 
 Checkpoint = Callable[[str], Path]
@@ -131,6 +134,35 @@ def test_a_readout_it_cannot_explain_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(anatomy, "readouts", lambda _: {"plain": anatomy.Readout()})
     with pytest.raises(UnsupportedError, match=r"GraniteForCausalLM: .*differ from its own"):
         adapt(tiny.build("granite"), "granite")
+
+
+@torch.inference_mode()
+def test_latent_attention_sees_the_keys_it_makes_of_what_it_stores() -> None:
+    """DeepSeek gives its cache a latent of 16 and 8 numbers, and attention six heads of 16 and 8 made of them."""
+    latent = {"num_key_value_heads": 6, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+              "qk_nope_head_dim": 8, "first_k_dense_replace": 2}  # fmt: skip
+    model = model_of(DeepseekV3Config(**SMALL | {"num_hidden_layers": 2} | latent))
+    tokens, slot = tokens_of(1, 20), torch.zeros(1, dtype=torch.int64)
+    want = model(input_ids=tokens, use_cache=False).logits
+    target = adapt(model, "deepseek")
+    assert (target.info.cache.kv_heads, target.info.cache.head_dim) == (6, 16)
+    self_test(target)
+    cache = KVCache(target.info.cache, 1, 24)
+    first = target.forward(tokens[:, :13], chunk_rows(slot, slot, 13), cache, ())
+    rest = target.forward(tokens[:, 13:], chunk_rows(slot, slot + 13, 7), cache, ())
+    torch.testing.assert_close(
+        target.logits(torch.cat([first.final, rest.final], 1)), want, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_layers_of_several_streams_have_nothing_to_tap() -> None:
+    config = Gemma3nTextConfig(**SMALL, num_hidden_layers=2, num_kv_shared_layers=0, hidden_size_per_layer_input=8,
+                               vocab_size_per_layer_input=128, layer_types=["full_attention"] * 2)  # fmt: skip
+    target, slot = adapt(model_of(config), "gemma3n"), torch.zeros(1, dtype=torch.int64)
+    self_test(target)
+    cache = KVCache(target.info.cache, 1, 8)
+    with pytest.raises(UnsupportedError, match=r"Gemma3nForCausalLM: .*several streams.*ngram"):
+        target.forward(tokens_of(1, 5), chunk_rows(slot, slot, 5), cache, (0, 1))
 
 
 SHORT, LONG = [1.0] * 4, [1.0, 2.0, 4.0, 8.0]
