@@ -78,7 +78,10 @@ def _from_file(name: str, path: Path, root: Path) -> TargetFiles:
 
 def _from_directory(name: str, path: Path, root: Path) -> TargetFiles:
     ggufs = sorted(path.glob("*.gguf"))
-    if not (path / CONFIG).is_file() and len(ggufs) == 1:
+    if ggufs and not (path / CONFIG).is_file():
+        if len(ggufs) > 1:
+            raise SpecdecError("holds several .gguf files", field="target", value=name,
+                               allowed=", ".join(file.name for file in ggufs), remedy="Name one of them.")  # fmt: skip
         return _from_file(name, ggufs[0], root)
     load_config(path)
     shards(path)

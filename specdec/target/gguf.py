@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 AGAIN = "Fetch it again."
 RECIPE = 3  # raise when what `convert` writes changes: cached conversions are then made again
 ARCHITECTURE, PRE, END_OF_TURN = "general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id"
+PARTS = "split.count"
 SAMPLED_ROWS = 1024
 TWINS = 0.98  # mean cosine of two quantised copies of one embedding; of two different matrices it is near 0
 # tokenizer.json entries that transformers' GGUF reader forgets, by the file's `tokenizer.ggml.pre`
@@ -80,29 +81,23 @@ def read_header(source: Path) -> Header:
 
     Raises:
         CheckpointError: not a GGUF file, or truncated.
+        UnsupportedError: it is a part of a split one.
     """
     try:
         reader = GGUFReader(source)
-        said = {
-            name: reader.fields[name].contents()
-            for name in (ARCHITECTURE, PRE, END_OF_TURN)
-            if name in reader.fields
-        }
+        fields, tensors = reader.fields, reader.tensors
+        wanted = (ARCHITECTURE, PRE, END_OF_TURN, PARTS)
+        said = {name: fields[name].contents() for name in wanted if name in fields}
         own = f"{said.get(ARCHITECTURE)}."
-        values = {
-            name.removeprefix(own): field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith(own)
-        }
-        factors = {
-            tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name in FACTORS
-        }
-        sizes = {
-            tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS
-        }
+        values = {name.removeprefix(own): fields[name].contents() for name in fields if name.startswith(own)}
+        factors = {t.name: torch.tensor(t.data, dtype=torch.float32) for t in tensors if t.name in FACTORS}
+        sizes = {t.name: int(t.n_elements) for t in tensors if t.name not in FACTORS}
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"is not a GGUF file, or truncated: {error}", field=str(source),
                               remedy=AGAIN) from error  # fmt: skip
+    if (parts := int(said.get(PARTS, 1))) > 1:
+        raise UnsupportedError(f"is one of {parts} parts", field=str(source),
+                               remedy="Join them with llama.cpp: llama-gguf-split --merge FIRST OUT.gguf")  # fmt: skip
     if ARCHITECTURE not in said:
         raise CheckpointError("names no architecture", field=str(source))
     eot = said.get(END_OF_TURN)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_gguf
 import torch
+from gguf import GGUFWriter
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 
-from specdec.errors import CheckpointError, UnsupportedError
+from specdec.errors import CheckpointError, SpecdecError, UnsupportedError
 from specdec.layers.rope import frequencies
 from specdec.target.files import load_config, load_state, load_tokenizer, resolve, stop_token_ids
 from specdec.target.gguf import convert, state_attention
@@ -74,6 +75,25 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"m\.gguf.*truncated"):
         resolve(str(source), cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache" / "targets").glob(".m-*"))  # nothing is left behind
+
+
+def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("token_embd.weight", np.ones((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedError, match=r"m-00001-of-00003\.gguf: is one of 3 parts.*--merge"):
+        convert(tmp_path / "m-00001-of-00003.gguf", tmp_path, "m")
+
+
+def test_a_directory_of_several_files_lists_them(tmp_path: Path) -> None:
+    for name in ("m-q4.gguf", "m-q8.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(SpecdecError, match=r"several .gguf files.*m-q4\.gguf, m-q8\.gguf.*Name one"):
+        resolve(str(tmp_path))
 
 
 def test_another_file_is_no_gguf(tmp_path: Path) -> None:
