@@ -194,9 +194,14 @@ def _stops(path: Path) -> Iterator[int]:
         yield token
 
 
+def _number(value: dict[str, Any]) -> Any:
+    """Infinities as transformers writes them, since JSON has none."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name} in it", field="target", value=str(path.parent),
                               remedy=f"A target is a directory of {path.name}, {SAFETENSORS} (or {PICKLED}) "

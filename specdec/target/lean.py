@@ -113,13 +113,11 @@ def _refuse_extras(config: Mapping[str, Any]) -> None:
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Sliding window per layer: Mistral's in all, Qwen's where it says so, none for Llama whatever it says."""
-    family, window = config["model_type"], config.get("sliding_window")
-    if family == "mistral":
-        return (window,) * layers
-    if not family.startswith("qwen"):
+    """Sliding window per layer: where the layer types say so; in all of a Mistral that names none; never in a Llama."""
+    kinds = config.get("layer_types") or ["sliding_attention"] * layers
+    if config["model_type"] == "llama":
         return (None,) * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in config["layer_types"])
+    return tuple(config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
 
 
 class Block(nn.Module):

@@ -141,6 +141,13 @@ def test_a_scaling_added_beside_the_parameters_counts() -> None:
     assert read.scaling is not None and read.scaling["factor"] == 4.0
 
 
+def test_a_mistral_that_names_its_layers_slides_where_it_says() -> None:
+    """transformers takes it for a Ministral."""
+    kinds = ["full_attention", "sliding_attention"] * (tiny.LAYERS // 2)
+    read = LeanConfig.read(tiny.config("mistral").to_dict() | {"layer_types": kinds})
+    assert read.windows == (None, tiny.WINDOW) * (tiny.LAYERS // 2)
+
+
 def test_llama_has_no_windows_whatever_its_config_says() -> None:
     config = tiny.config("llama").to_dict() | {"sliding_window": 4, "use_sliding_window": True}
     assert LeanConfig.read(config).windows == (None,) * tiny.LAYERS

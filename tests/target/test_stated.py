@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from specdec.errors import CheckpointError, SpecdecError, UnsupportedError
 from specdec.target import adapter
+from specdec.target.files import load_config
 from specdec.target.load import load_target
 
 
@@ -44,6 +46,12 @@ def test_the_field_is_named(
 ) -> None:
     with pytest.raises(kind, match=told):
         load_target(harmed(tmp_path, **change))
+
+
+def test_infinities_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
+    path = harmed(tmp_path, attention_dropout={"__float__": "Infinity"})
+    assert load_config(Path(path))["attention_dropout"] == float("inf")
+    assert load_target(path, dtype=torch.float32).target.info.layers == tiny.LAYERS
 
 
 def test_quantised_weights_may_want_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
