@@ -29,19 +29,22 @@ from training.losses import Loss
 from training.objective import Objective, Settings
 from training.optim import Optimizer, Rates
 from training.recipe import Recipe
-from training.vocab import count_tokens, coverage, draft_vocab
+from training.vocab import OutsideMass, count_tokens, coverage, draft_vocab, outside_mass
 from training.warmstart import Moments, Sources, cold_start, unit, warm_start
 
+OUTSIDE_TEXTS = 48  # that the mass outside the draft vocabulary is taken over
 MOMENT_ROWS = 40_000  # that the closed-form start is solved from; more change little
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The draft vocabulary and how much of the written tokens it holds."""
+    """The draft vocabulary, the share of the written tokens that it holds, and what the target gives to others
+    (None: not measured, or nothing is outside)."""
 
     ids: Tensor
     coverage: float
+    outside: OutsideMass | None = None
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -63,6 +66,19 @@ def choose_vocabulary(samples: Sequence[Sample], target: Target, recipe: Recipe)
     rank = counts * 10 + torch.from_numpy(everywhere)
     ids = draft_vocab(rank, recipe.vocab.size, info.stop_ids)
     return Vocabulary(ids, coverage(counts, ids))
+
+
+def weighed(vocabulary: Vocabulary, features: Features) -> Vocabulary:
+    """The vocabulary with what the target gives to tokens outside: where the answers of some texts stand, spread over
+    all."""
+    samples, target = features.samples, features.capture.target
+    some = range(0, len(samples), max(1, len(samples) // OUTSIDE_TEXTS))[:OUTSIDE_TEXTS]
+    before = [torch.from_numpy(samples[i].loss_mask[1:]) for i in some]
+    if len(vocabulary.ids) == target.info.vocab or not any(bool(mask.any()) for mask in before):
+        return vocabulary
+    final = zip(features.take(some), before, strict=True)
+    rows = (one.final[:-1][mask.to(one.final.device)].to(target.info.dtype) for one, mask in final)
+    return replace(vocabulary, outside=outside_mass(map(target.logits, rows), vocabulary.ids))
 
 
 def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft: int,

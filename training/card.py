@@ -12,6 +12,7 @@ from typing import Any
 
 from specdec.head.config import HeadConfig
 from specdec.places import replacing
+from training.build import Vocabulary
 from training.recipe import Recipe
 from training.watch import LOG, read_log
 
@@ -26,7 +27,7 @@ class Story:
         recipe: of the run.
         sources, licences: conversations used, by name.
         tokens: of training text, answers and prompts; visits: tokens the head read, epochs included.
-        coverage: share of the written tokens in the draft vocabulary.
+        vocabulary: the draft vocabulary, with what it holds and what is outside.
         minutes: the run took; device: it ran on.
         measured: the best evaluation, empty when there was none.
     """
@@ -38,7 +39,7 @@ class Story:
     licences: Counter[str]
     tokens: int
     visits: int
-    coverage: float
+    vocabulary: Vocabulary
     minutes: float
     device: str
     measured: dict[str, Any]
@@ -68,7 +69,7 @@ included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 
 
 ## Made from
 - taps (layer inputs) {", ".join(map(str, c.taps))}; draft vocabulary {c.draft_vocab:,} of {c.vocab:,}, which holds
-  {story.coverage:.2%} of {written}
+  {describe(story.vocabulary, written)}
 - {story.tokens:,} tokens of text answered by {whose}, {story.visits:,} token visits, {story.minutes:.0f} minutes
   on {story.device}
 - start: {story.recipe.head.start}
@@ -81,6 +82,16 @@ included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 
 """
     with replacing(directory / "README.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def describe(vocabulary: Vocabulary, written: str = "the answers") -> str:
+    """What a draft vocabulary holds, and what acceptance it gives up."""
+    told = f"{vocabulary.coverage:.2%} of {written}"
+    if vocabulary.outside is None:
+        return told
+    lost = vocabulary.outside
+    return (f"{told}; outside are {lost.mass:.2%} of the target's probability and its likeliest token at "
+            f"{lost.argmax:.2%} of positions, which no draft can match")  # fmt: skip
 
 
 def _measured(story: Story) -> str:

@@ -26,8 +26,8 @@ from specdec.head.model import DraftHead
 from specdec.places import check_writable
 from specdec.target.files import load_config
 from specdec.target.load import LoadedTarget, load_target
-from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config
-from training.card import Story, draw, write_card
+from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config, weighed
+from training.card import Story, describe, draw, write_card
 from training.checkpoint import BEST, LAST, load_state
 from training.data import Skipped
 from training.earlier import earlier_head
@@ -128,11 +128,12 @@ def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, cons
     vocabulary = choose_vocabulary(texts.train, target, recipe)
     draft = len(vocabulary.ids)
     config = _head_config(loaded, recipe, draft, earlier)
-    console.print(f"draft vocabulary: {draft:,} tokens hold {vocabulary.coverage:.2%} of the answers")
     capture = Capture(target, config.taps, recipe.trainer.batch_tokens)
     features = Features(texts.train, capture, out / RUN / "features", recipe.cache.gigabytes)
     if accelerator.is_main_process:
         _fill(features, console)
+        vocabulary = weighed(vocabulary, features)
+        console.print(f"draft vocabulary: {draft:,} tokens hold {describe(vocabulary)}", highlight=False)
     accelerator.wait_for_everyone()
     objective, optimizer = build(target, config, vocabulary, features, recipe, earlier)
     identity = {"target": target.info.fingerprint, "recipe": recipe.hash(), "taps": str(config.taps),
@@ -216,7 +217,7 @@ def _deliver(out: Path, loaded: LoadedTarget, task: Task, config: HeadConfig, pr
     (out / "recipe.yaml").write_text(task.recipe.to_yaml(), encoding="utf-8")
     story = Story(
         loaded.target.info.name, config, task.recipe, texts.sources, texts.licences, sum(map(len, texts.train)),
-        progress.tokens, vocabulary.coverage, minutes, str(task.objective.head.device), state.get("measured", {}),
+        progress.tokens, vocabulary, minutes, str(task.objective.head.device), state.get("measured", {}),
     )  # fmt: skip
     write_card(out, story)
     draw(out)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedModel
 
 from specdec.layers.rope import frequencies
 from specdec.target.adapter import adapt
-from training.build import build, choose_vocabulary, head_config
+from training.build import Vocabulary, build, choose_vocabulary, head_config, weighed
 from training.data import Sample
 from training.features import Capture, Features
 from training.losses import target_probs
@@ -64,3 +64,24 @@ def test_labels_are_what_the_target_would_say(arch: str) -> None:
     torch.testing.assert_close(
         told, target.logits(final)[:, vocabulary.ids].softmax(-1), rtol=1e-4, atol=1e-6
     )
+
+
+def test_what_lies_outside_the_draft_vocabulary_is_weighed_where_answers_stand() -> None:
+    target = TableTarget()
+    texts = [Sample(str(n), np.arange(1, 15, dtype=np.int32), np.arange(14) > n) for n in (3, 9)]
+    ids = torch.tensor([0, 2, 3, 7])
+    told = weighed(Vocabulary(ids, 0.5), Features(texts, Capture(target, (2,)))).outside
+    law = target.logits(target.final[torch.from_numpy(np.r_[4:14, 10:14])]).softmax(-1)
+    inside = torch.zeros(law.shape[-1], dtype=torch.bool)
+    inside[ids] = True
+    assert told is not None and told.positions == 14
+    assert told.mass == pytest.approx(float(law[:, ~inside].sum(-1).mean()), rel=1e-5)
+    assert told.argmax == pytest.approx(float((~inside[law.argmax(-1)]).float().mean()))
+
+
+def test_nothing_lies_outside_a_full_vocabulary_and_nothing_is_weighed_without_answers() -> None:
+    target = TableTarget()
+    texts = [Sample("a", np.arange(1, 9, dtype=np.int32), np.zeros(8, dtype=bool))]
+    features = Features(texts, Capture(target, (2,)))
+    for ids in (torch.arange(target.info.vocab), torch.tensor([0, 2])):
+        assert weighed(Vocabulary(ids, 1.0), features).outside is None
