@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from filelock import FileLock, Timeout
 from rich.console import Console
 
-from specdec.errors import SpecdecError
+from specdec.errors import RequestError, SpecdecError
 from specdec.head.config import HeadConfig
 from specdec.head.export import TargetNames, save_raw
 from specdec.head.model import DraftHead
@@ -29,7 +30,7 @@ from specdec.target.load import LoadedTarget, load_target
 from training.build import Vocabulary, build, choose_vocabulary, compute_dtype, head_config, weighed
 from training.card import Story, describe, draw, write_card
 from training.checkpoint import BEST, LAST, load_state
-from training.data import Skipped
+from training.data import Conversation, Skipped
 from training.earlier import earlier_head
 from training.features import Capture, Features
 from training.mask import ChatMasker
@@ -105,20 +106,48 @@ def train(order: Order, console: Console | None = None) -> Path | None:
     if order.dry_run:
         print_plan(console, recipe, loaded.target.info, len(conversations), config)
         return None
+    with _alone(order.out / RUN) if accelerator.is_main_process else nullcontext():
+        texts = _texts(order, recipe, loaded, conversations, skipped, console, accelerator)
+        console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
+                      f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
+        return train_on(texts, loaded, recipe, order.out, console, accelerator, earlier)
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run's folder: two trainings would write into one another's answers, features and checkpoints. The system
+    lets go of it when the process dies.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RequestError("is being trained into by another process", field="out", value=str(run.parent),
+                           remedy="Wait for it, or choose another directory.") from None  # fmt: skip
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _texts(order: Order, recipe: Recipe, loaded: LoadedTarget, conversations: list[Conversation],
+           skipped: Skipped, console: Console, accelerator: Accelerator) -> Texts:  # fmt: skip
+    """What is trained on: texts that came with the prompts, or answers, written by the main process first."""
     chat = ChatMasker(loaded.tokenizer, loaded.target.info.stop_ids)
     if recipe.data.answers == "given":
-        texts = given(conversations, chat, recipe, loaded.target.info.max_length, skipped)
-    else:
-        answers = Answers(order.out / RUN, loaded, recipe, order.endpoint)
-        if accelerator.is_main_process:
-            answers.write(conversations, chat, skipped)
-        accelerator.wait_for_everyone()
-        texts = answers.read(conversations, skipped)
-        if answers.settled:
-            console.print(f"training has begun: its {len(texts.answers):,} answers are kept and none added")
-    console.print(f"data: {texts.note}; {len(texts.train):,} windows, "
-                  f"{sum(map(len, texts.train)):,} tokens", highlight=False)  # fmt: skip
-    return train_on(texts, loaded, recipe, order.out, console, accelerator, earlier)
+        return given(conversations, chat, recipe, loaded.target.info.max_length, skipped)
+    answers = Answers(order.out / RUN, loaded, recipe, order.endpoint)
+    if accelerator.is_main_process:
+        answers.write(conversations, chat, skipped)
+    accelerator.wait_for_everyone()
+    texts = answers.read(conversations, skipped)
+    if answers.settled:
+        console.print(f"training has begun: its {len(texts.answers):,} answers are kept and none added")
+    return texts
 
 
 def train_on(texts: Texts, loaded: LoadedTarget, recipe: Recipe, out: Path, console: Console,

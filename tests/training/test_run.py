@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from rich.console import Console
 
-from specdec.errors import MismatchError, SpecdecError
+from specdec.errors import MismatchError, RequestError, SpecdecError
 from specdec.head.checkpoint import load_head
 from training.checkpoint import BEST, LAST
 from training.data import split_dev
@@ -145,6 +146,14 @@ def test_the_card_says_whose_answers_a_head_was_trained_and_measured_on(
     ):
         assert words in card
     assert "the target wrote" not in card and "greedy" not in card
+
+
+def test_two_runs_do_not_share_a_directory(target: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    (out / RUN).mkdir(parents=True)
+    with FileLock(out / RUN / "lock"), pytest.raises(RequestError, match="another process"):
+        train(order(target, prompts, out), quiet())
+    assert [path.name for path in (out / RUN).iterdir()] == ["lock"]
 
 
 def test_the_recipe_may_name_the_prompts(target: Path, prompts: Path, tmp_path: Path) -> None:
