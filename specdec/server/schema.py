@@ -67,6 +67,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Annotated[None, neutral(False)] = None
 
 
 class JsonSchema(Strict):
@@ -118,7 +119,11 @@ class Generation(Strict):
     speculate: bool | None = None
     draft: Literal["auto", "head", "ngram", "none"] | None = None
     return_spec_metrics: bool | None = None
+    # who asks, and hints to OpenAI's caches: no answer depends on them
     user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
 
     @property
     def choices(self) -> int:

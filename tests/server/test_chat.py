@@ -125,5 +125,6 @@ def test_refusals_name_the_field(http: httpx.Client, wrong: dict[str, Any], para
 
 def test_neutral_values_of_unsupported_fields_pass(http: httpx.Client) -> None:
     neutral = {"model": MODEL, "tools": [], "tool_choice": "none", "store": False, "modalities": ["text"], "n": 1,
-               "service_tier": "auto", "metadata": None, "user": "me", "parallel_tool_calls": True}  # fmt: skip
+               "service_tier": "auto", "metadata": None, "user": "me", "parallel_tool_calls": True,
+               "safety_identifier": "me", "prompt_cache_key": "page", "prompt_cache_retention": "24h"}  # fmt: skip
     assert post(http, **neutral).json()["choices"] == post(http).json()["choices"]
