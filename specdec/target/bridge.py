@@ -81,11 +81,10 @@ class Pass:
         self._view(keys.shape[1], width).write(layer, self.rows.index, k, v)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
-        # layers that share an earlier layer's keys pass the very tensor that layer stored
+        # layers that share an earlier layer's keys pass the very tensor that layer stored; keys made of what was
+        # stored, as by latent attention, are what later rows must see
         layer = self._owner.get(id(keys))
-        if (
-            layer is None
-        ):  # keys made of what was stored, as by latent attention: these are what later rows must see
+        if layer is None:
             layer = self._layer
             self.store(layer, keys, values)
         if call.window not in self._plans:
