@@ -33,6 +33,7 @@ from training.vocab import OutsideMass, count_tokens, coverage, draft_vocab, out
 from training.warmstart import Moments, Sources, cold_start, unit, warm_start
 
 OUTSIDE_TEXTS = 48  # that the mass outside the draft vocabulary is taken over
+OUTSIDE_ROWS = 256  # whose logits are held at once
 MOMENT_ROWS = 40_000  # that the closed-form start is solved from; more change little
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -77,8 +78,9 @@ def weighed(vocabulary: Vocabulary, features: Features) -> Vocabulary:
     if len(vocabulary.ids) == target.info.vocab or not any(bool(mask.any()) for mask in before):
         return vocabulary
     final = zip(features.take(some), before, strict=True)
-    rows = (one.final[:-1][mask.to(one.final.device)].to(target.info.dtype) for one, mask in final)
-    return replace(vocabulary, outside=outside_mass(map(target.logits, rows), vocabulary.ids))
+    rows = torch.cat([one.final[:-1][mask.to(one.final.device)] for one, mask in final]).to(target.info.dtype)
+    logits = map(target.logits, rows.split(OUTSIDE_ROWS))
+    return replace(vocabulary, outside=outside_mass(logits, vocabulary.ids))
 
 
 def head_config(target: Target, config: Mapping[str, Any], recipe: Recipe, draft: int,

@@ -149,9 +149,7 @@ def of_validation(errors: Sequence[Any], kind: str = "application/json") -> ApiE
     if first["type"] == "extra_forbidden":
         message = f"this server does not know the field {str(place[-1])!r}"
         return ApiError(400, f"{param}: {message}", param=param, code="unknown_field")
-    if (
-        param is None and first["type"] == "value_error"
-    ):  # about several fields: the first word is one of them
+    if param is None and first["type"] == "value_error":  # of several fields, one first
         return ApiError(400, message, param=message.split()[0], code="invalid_value")
     if param is None and "json" not in kind.lower():
         told = f"the body has Content-Type {kind or 'none'}; send it with Content-Type: application/json"
