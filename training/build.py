@@ -79,7 +79,7 @@ def weighed(vocabulary: Vocabulary, features: Features) -> Vocabulary:
         return vocabulary
     final = zip(features.take(some), before, strict=True)
     rows = torch.cat([one.final[:-1][mask.to(one.final.device)] for one, mask in final]).to(target.info.dtype)
-    logits = map(target.logits, rows.split(OUTSIDE_ROWS))
+    logits = map(target.logits, torch.split(rows, OUTSIDE_ROWS))
     return replace(vocabulary, outside=outside_mass(logits, vocabulary.ids))
 
 
