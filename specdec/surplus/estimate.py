@@ -1,8 +1,10 @@
 """From probes to numbers: surplus S_k, ceiling C_k = S_k + Delta_k, gap Delta_k, with document intervals.
 
-Cross-fits over document folds: every context is scored once, by probes that never saw its
-document. The control-free gap is the headline; the ceiling inherits the control's excess risk. Knows nothing
-of targets.
+The paper's surplus of K tokens, I(h_t; x_{t+2:t+K} | x_{t+1}) (arXiv 2507.19247, second version), is the sum over
+k = 2 .. K of S_k = I(h_t; x_{t+k} | x_{t+1:t+k-1}) by the chain rule; what a probe of limited size uses of that is
+conditional V-information (Hewitt et al. 2109.09234). Cross-fits over document folds: every context is scored once, by
+probes that never saw its document. The control-free gap is the headline; the ceiling inherits the control's excess
+risk. Knows nothing of targets.
 Dimension legend: n contexts, M label symbols, m children counts.
 """
 

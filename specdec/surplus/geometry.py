@@ -1,10 +1,11 @@
-"""The pullback Fisher-Rao metric of the target's head: which directions of a state change the next-token law.
+"""The pullback Fisher-Rao metric of the target's head (arXiv 2507.19247): which directions of a state change the
+next-token law.
 
 For logits W h, G(h) = W'(diag p - pp')W = Cov_{w~p}(W_w); through the final RMSNorm G_x = J'GJ and the radial
 direction is null; at temperature T it is G(p_T) / T^2. Everything is computed from the factor
-A = sqrt(p) (W_w - mu) [m, d] over the top m tokens, G = A'A, never from G itself. Raw eigenvalues of
-different models
-do not compare: use the normalised figures. Dimension legend: n states, m tokens, d width.
+A = sqrt(p) (W_w - mu) [m, d] over the top m tokens, G = A'A, never from G itself. Raw eigenvalues of different models
+do not compare: use the normalised figures (effective rank is not in the paper).
+Dimension legend: n states, m tokens, d width.
 """
 
 from __future__ import annotations

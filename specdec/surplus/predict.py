@@ -1,9 +1,8 @@
-"""Acceptance from information: what a gap in nats costs the verifier in use, by depth, for a chain and a
-tree.
+"""Acceptance from information: what a gap in nats costs the verifier in use, by depth, for a chain and a tree.
 
-Two verifiers. Sampled drafts: alpha = sum min(p, q) = 1 - TV. Deterministic top-m children (this engine's
-default, and EAGLE's): acceptance is the p-mass of the children, so the target's own entropy costs even a
-perfect draft. Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
+Two verifiers. Sampled drafts: alpha = sum min(p, q) = 1 - TV (Leviathan et al. 2211.17192). Deterministic top-m
+children (this engine's default, and EAGLE's): acceptance is the p-mass of the children, so the target's own entropy
+costs even a perfect draft. Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
 Dimension legend: n contexts, M symbols, K draft depths, N tree nodes.
 """
 
