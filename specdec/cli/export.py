@@ -24,9 +24,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only print which engines can load it; exit 1 if one that reads its layout cannot",
     )
-    parser.add_argument("--format", choices=("raw", "speculators"), default="speculators")
+    parser.add_argument(
+        "--format",
+        choices=("raw", "speculators"),
+        default="speculators",
+        help="layout to write (default: speculators)",
+    )
     parser.add_argument("--target", default=None, help="the target it was trained on (default: as it says)")
-    parser.add_argument("--taps", default=None, metavar="I,J,K", help="for checkpoints that name none")
+    parser.add_argument(
+        "--taps",
+        default=None,
+        metavar="I,J,K",
+        help="layers whose input the head reads, for checkpoints that name none",
+    )
     parser.add_argument("--out", type=Path, default=None, help="directory to write")
 
 

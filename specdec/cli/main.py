@@ -40,7 +40,7 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=summary,
-            description=summary.capitalize() + ".",
+            description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == verb:

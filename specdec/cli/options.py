@@ -26,7 +26,10 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         help="name, directory, .gguf file or Hub id (default: smollm2-135m)",
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="weights; auto measures what is fastest"
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="of the weights; auto takes the fastest here, by measurement",
     )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
@@ -40,7 +43,11 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         "--max-length", type=int, default=None, help="context length (default: what fits, at most 4096)"
     )
     parser.add_argument(
-        "--memory", type=float, default=None, metavar="GIB", help="for KV caches (default: what is free)"
+        "--memory",
+        type=float,
+        default=None,
+        metavar="GIB",
+        help="for KV caches, what is kept of past tokens (default: what is free)",
     )
     parser.add_argument(
         "--backend",
@@ -60,13 +67,14 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
             "--tree",
             default="auto",
             metavar="TREE",
-            help="a fixed tree such as 7/10/60, or sampled/5 for block-verified chains (default: measured budget)",
+            help="a fixed tree, DEPTH/CHILDREN/NODES such as 7/10/60, or sampled/5 for block-verified chains of 5 "
+            "drawn from the head (default: as large as pays, by measurement)",
         )
         parser.add_argument(
             "--taps",
             default=None,
             metavar="I,J,K",
-            help="layer-input ids, for heads whose checkpoint names none",
+            help="layers whose input the head reads, for heads whose checkpoint names none",
         )
     else:
         parser.set_defaults(taps=None)

@@ -25,7 +25,10 @@ examples:
   specdec report --compare plan/report.json report/report.json
   specdec report --self-check                                             closed-form controls; exit 1 if one fails
 
-An interrupted report goes on when the same command is given again (its captured text lies in OUT.work)."""
+First a report without --head, which plans: what the target's states know of later tokens, and which layers to read.
+Then one with a head: what it makes of that, and where it loses. Open OUT/report.html; specdec/surplus/README.md tells
+how to read it. The minutes are estimated before anything runs. An interrupted report goes on when the same command is
+given again (its captured text lies in OUT.work)."""
 BUDGETS = ("quick", "standard", "full")
 
 
@@ -36,16 +39,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--head", default=None, metavar="auto|PATH", help="a draft head (default: none, a plan report)"
     )
     parser.add_argument(
-        "--prompts", nargs="+", type=Path, metavar="FILE", help="jsonl files, one domain each"
+        "--prompts", nargs="+", type=Path, metavar="FILE", help="jsonl files of prompts, one domain each"
     )
-    parser.add_argument("--out", type=Path, help="directory of the report; must not exist")
+    parser.add_argument("--out", type=Path, help="directory of the report; must not exist (but --force)")
     parser.add_argument(
-        "--budget", default="quick", choices=BUDGETS, help="how much to compute (default: quick)"
+        "--budget",
+        default="quick",
+        choices=BUDGETS,
+        help="prompts used at most: quick 150, standard 288, full 1,000 (default: quick)",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of serving (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
     parser.add_argument(
-        "--taps", action="append", default=[], metavar="I,J,K", help="a tap set to rank (repeatable)"
+        "--taps",
+        action="append",
+        default=[],
+        metavar="I,J,K",
+        help="layers whose input is read, a set to rank (repeatable)",
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="weights (default: float32)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -60,7 +70,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="REPORT",
         help="a plan report, then reports of heads trained on its tap sets: does the plan order them (F3)?",
     )
-    parser.add_argument("--self-check", action="store_true", help="run the closed-form controls")
+    parser.add_argument(
+        "--self-check", action="store_true", help="run the controls whose answer is known in closed form"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

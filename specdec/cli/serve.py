@@ -28,7 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="to listen on; 0 takes a free one (default: 8000)"
+    )
     parser.add_argument("--plain", action="store_true", help="the baseline: no drafting")
     parser.add_argument(
         "--slots",
@@ -46,16 +48,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stream what a round accepted at once; by default tokens leave evenly, two or three rounds later",
     )
-    parser.add_argument("--served-model-name", default=None, metavar="NAME", help="default: TARGET")
+    parser.add_argument(
+        "--served-model-name",
+        default=None,
+        metavar="NAME",
+        help="what clients call the model (default: TARGET)",
+    )
     parser.add_argument(
         "--request-timeout",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="of a whole answer (default: 600)",
+        help="for a whole answer, from its arrival; then 504 (default: 600)",
     )
     parser.add_argument(
-        "--drain-timeout", type=float, default=60.0, metavar="SECONDS", help="after SIGTERM (default: 60)"
+        "--drain-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for running answers after SIGTERM (default: 60)",
     )
 
 

@@ -16,8 +16,9 @@ examples:
   specdec train --prompts prompts.jsonl --out my-head --dry-run
   specdec train --prompts prompts.jsonl --out my-head --endpoint http://localhost:8000/v1
 
+The target answers the prompts, and the head learns from these answers. Recipe cpu takes about 40 minutes on two cores.
 A run that was interrupted goes on when the same command is given again. The output directory is a raw EAGLE-3
-checkpoint with a model card, the recipe, a log and a plot."""
+checkpoint with a model card, the recipe, a log and a plot. What raises tau stands in training/README.md."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +28,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         default=None,
         metavar="FILE",
-        help="jsonl, parquet or a datasets id (default: the recipe's)",
+        help="what to answer: jsonl, parquet or a datasets id (default: the recipe's)",
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory of the head and of the run")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of the head and, below it, of the run"
+    )
     parser.add_argument("--recipe", default="cpu", help="cpu, gpu, large or a YAML file (default: cpu)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="change a choice of the recipe"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print plan, sizes, time and memory; do nothing"
     )
-    parser.add_argument("--max-minutes", type=float, default=None, help="stop cleanly with a usable head")
+    parser.add_argument(
+        "--max-minutes", type=float, default=None, help="of training, answers not counted; stops cleanly"
+    )
     parser.add_argument("--no-resume", action="store_true", help="refuse a directory that holds a run")
     parser.add_argument(
         "--endpoint",
@@ -44,7 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="let this OpenAI-compatible server answer (its key: SPECDEC_API_KEY or OPENAI_API_KEY)",
     )
     parser.add_argument(
-        "--feature-cache-gb", type=float, default=None, help="disk for features between epochs"
+        "--feature-cache-gb",
+        type=float,
+        default=None,
+        help="disk for the target's states between epochs (recipe cpu: 8)",
     )
     parser.add_argument(
         "--push-to-hub", default=None, metavar="ORG/NAME", help="upload the finished head, without the run"
