@@ -26,11 +26,11 @@ def rate(settings: OptimizerSection, progress: float) -> float:
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds a run has taken, over all its sittings.
+    """Seconds that training has taken, over all its sittings.
 
     Attributes:
         before: seconds of earlier sittings.
-        max_minutes: of the whole run, None for no limit.
+        max_minutes: of training, None for no limit.
         now: a monotonic clock.
     """
 

@@ -237,7 +237,8 @@ class TrainerSection:
     Attributes:
         batch_tokens: padded tokens of one micro-batch on one process.
         accumulation: micro-batches to one optimizer step.
-        max_minutes: of the whole run; it then stops cleanly with a usable head. None: after `epochs`.
+        max_minutes: of training, over all its sittings, without writing answers and capturing features; it then stops
+            cleanly with a usable head. None: after `epochs`.
         max_tokens: visited in the whole run, padding left out; None: after `epochs`. For comparisons at equal data.
     """
 
