@@ -143,8 +143,9 @@ def fisher_spectrum(values: Value) -> Drawn | None:
     widest = max(bins, key=lambda row: row["effective_rank"]["value"])
     caption = (
         "Few directions of the state change the next-token law: at most "
-        f"{widest['effective_rank']['value']:.0f} effective ones (H(p) {widest['entropy']}). A head has to be right in "
-        "those; an isotropic feature loss spends most of its effort elsewhere."
+        f"{widest['effective_rank']['value']:.0f} effective ones (where the target's entropy H(p) is "
+        f"{widest['entropy']}). A head has to be right in those; a loss that treats all directions of the state alike "
+        "spends most of its effort elsewhere."
     )
     return saved(figure, "fisher", "Fisher-Rao spectrum of the target's head", caption)
 
@@ -171,7 +172,10 @@ def doses(values: Value) -> Drawn | None:
     told = [
         f"{curve['name']}: {'as theory demands' if curve['holds'] else 'AGAINST theory'}" for curve in curves
     ]
-    caption = f"Surplus must fall with noise and rise with the window. {'; '.join(told)}."
+    caption = (
+        "A true surplus falls when noise is added to the state and rises with the tokens that the target may see. "
+        f"{'; '.join(told)}."
+    )
     return saved(figure, "doses", "Dose and response", caption)
 
 
@@ -197,6 +201,8 @@ def learning(values: Value) -> Drawn | None:
     axes.legend(frameon=False)
     ends = {k: (c["points"][-1]["gap"]["value"], c["limit"]) for k, c in curves.items()}
     told = ", ".join(f"k = {k}: {now:.3f} now, {limit:.3f} in the limit" for k, (now, limit) in ends.items())
-    return saved(
-        figure, "curve", "Learning curve of the probe", f"{told}. Dashed: the fitted limit of endless text."
+    caption = (
+        f"The probe's gap: {told}. Dashed: the fitted limit of endless text. Where a curve still falls, a head trained "
+        "on more text may do better than this probe."
     )
+    return saved(figure, "curve", "Learning curve of the probe", caption)

@@ -41,8 +41,8 @@ def waterfall(values: Value) -> Drawn | None:
     axes.set_xticklabels([str(row["depth"]) for row in rows])
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     caption = (
-        f"{why(values)} Terms are signed; at k > 2 the training term may be negative, because true features are "
-        "fresher than h_t."
+        f"{why(values)} Terms are signed; at k > 2 the training term may be negative, because the head "
+        "then reads states that are newer than the probe's."
     )
     return saved(figure, "waterfall", "Where the head's gap comes from", caption)
 
@@ -102,9 +102,10 @@ def prediction(values: Value) -> Drawn | None:
     axes.legend(frameon=False, fontsize="small", ncols=2)
     error = sum(abs(c["predicted"] - c["measured"]["value"]) for c in cells) / len(cells)
     caption = (
-        f"{len(cells)} cells from documents that no predictor saw; the mean distance from the identity is "
-        f"{error:.3f}. Points on the line: acceptance can be read off the head before it serves. Points below it in "
-        "one colour: that domain is harder for the engine than the captured text says."
+        f"{len(cells)} cells, each of one domain, depth and tree, measured on documents that no forecast saw. Their "
+        f"mean distance from the dashed line, where both agree, is {error:.3f}. Points on the line: acceptance can be "
+        "read off the head before it serves. Points below it in one colour: that domain is harder for the engine than "
+        "the captured text says."
     )
     return saved(figure, "prediction", "Predicted against measured acceptance", caption)
 
@@ -137,7 +138,7 @@ def measured_domains(values: Value) -> Drawn | None:
     axes.legend(frameon=False)
     best = max(runs, key=lambda shape: runs[shape]["tau"]["value"])
     told = ", ".join(f"{shape} {run['tau']['value']:.2f}" for shape, run in runs.items())
-    caption = f"Measured tau: {told}. The {best} accepts most per forward; whether it is fastest is the bench's word."
+    caption = f"Measured tau: {told}. The {best} accepts most per forward; specdec bench speed tells which is fastest."
     return saved(figure, "domains", "Acceptance length by domain", caption)
 
 
@@ -163,7 +164,7 @@ def calibration(values: Value) -> Drawn | None:
     side = "over" if first["temperature"] > 1 else "under"
     caption = (
         f"At k = {first['depth']} the head is {side}-confident (best temperature {first['temperature']:.2f}, "
-        f"calibration error {first['ece']:.3f}). Where H(q) - H(p) meets the gap, the head is calibrated and its "
-        "entropy tells its loss."
+        f"calibration error {first['ece']:.3f}). H(q) - H(p) is by how much the head is less sure than the target. "
+        "Where it meets the gap, the head is calibrated and its entropy tells its loss."
     )
     return saved(figure, "calibration", "Calibration of the head by depth", caption)

@@ -104,7 +104,13 @@ def tiles(values: Value) -> list[tuple[str, str, str]]:
         made.append((f"tau, {shape}", show(run["tau"], 2), f"predicted {run['tau_predicted']:.2f}"))
     floor = values["floor"]
     if floor is not None:
-        made.append(("numerics floor", f"{floor['tv_mean']:.1e}", "TV, verify-time against teacher-forced"))
+        made.append(
+            (
+                "numerics floor",
+                f"{floor['tv_mean']:.1e}",
+                "total variation: trees checked against text read in one piece",
+            )
+        )
     return made
 
 
@@ -213,17 +219,20 @@ def _checks(values: Value) -> str:
     entropy, both = values["entropy"], values["cross_check"]
     rows = [
         ("mean target entropy (nats)", show(entropy["shannon"])),
-        ("Gini-Simpson", show(entropy["gini_simpson"])),
+        ("chance that two draws from the target differ (Gini-Simpson)", show(entropy["gini_simpson"])),
         ("tail symbol's mass (probe alpha is at most this much too high)", f"{entropy['tail_mass']:.4f}"),
         ("information about the next token, full vocabulary (nats)", show(entropy["information_full"])),
         ("the same, lumped: an exact coarse-graining can only lower it", show(entropy["information_lumped"])),
-        ("KL forecast over exact KL, small errors", f"{values['geometry']['kl_forecast_ratio']:.3f}"),
+        (
+            "KL by the local metric over exact KL, small errors (1: they agree)",
+            f"{values['geometry']['kl_forecast_ratio']:.3f}",
+        ),
     ]
     if both is not None:
         told = "agree" if both["holds"] else "DISAGREE"
         rows.append(
             (
-                f"E1 and E2 at k = 2 (allowed {both['allowed']:.3f})",
+                f"surplus at k = 2 by two estimators, E1 and E2, in nats (allowed {both['allowed']:.3f} apart)",
                 f"{show(both['e1'])}, {show(both['e2'])}: {told}",
             )
         )
