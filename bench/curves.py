@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--target", default="smollm2-135m", help="whose answers they are")
     parser.add_argument("--responses", type=Path, required=True, help="answers of a training run")
     parser.add_argument("--tokens", type=int, default=100_000, help="visited by every run (default: 100,000)")
     parser.add_argument("--only", default=None, help="one curve: seed, tokens, unroll, loss, taps, ...")

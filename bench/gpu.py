@@ -236,7 +236,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"), help="directory of the rows"
+    )
     parser.add_argument("--target", default=NAME, help="a model (default: the embedded one)")
     parser.add_argument("--head", default="head", help="its head: the shipped one, a directory, or ngram")
     parser.add_argument(
@@ -245,8 +247,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--also", nargs="+", default=[], metavar="FILE[,FILE]", help="further GGUFs for their steps"
     )
-    parser.add_argument("--stages", nargs="+", choices=[name for name, _ in PLAN], default=[])
-    parser.add_argument("--minutes", type=float, default=9.3)
+    parser.add_argument(
+        "--stages", nargs="+", choices=[name for name, _ in PLAN], default=[], help="these alone"
+    )
+    parser.add_argument("--minutes", type=float, default=9.3, help="for all stages (default: 9.3)")
     parser.add_argument(
         "--together", action="store_true", help="all stages in one process, which saves their imports"
     )

@@ -278,11 +278,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.kernels", description="Tree attention on a CUDA device.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["8b", "135m"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192, 32768])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--nodes", nargs="+", type=int, default=[64, 16, 32, 1])
-    parser.add_argument("--backends", nargs="+", default=["triton", "flash", "flex", "sdpa"])
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["8b", "135m"], help="whose head shapes"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[1024, 8192, 32768], help="tokens of context"
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="requests at once")
+    parser.add_argument("--nodes", nargs="+", type=int, default=[64, 16, 32, 1], help="of a tree")
+    parser.add_argument(
+        "--backends", nargs="+", default=["triton", "flash", "flex", "sdpa"], help="to compare"
+    )
     parser.add_argument("--splits", nargs="*", type=int, default=[], help="also triton with these splits")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop before the next point after this")
     parser.add_argument("--results", type=Path, default=None, help="folder of kernels.jsonl")

@@ -142,9 +142,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all; exit code 1 where a result is wrong."""
     parser = argparse.ArgumentParser(prog="bench.products", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["135m", "8b"])
-    parser.add_argument("--products", nargs="+", default=["qkv", "out", "gate_up", "down", "head"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=ROWS)
+    parser.add_argument("--models", nargs="+", default=["135m", "8b"], help="whose matrix shapes")
+    parser.add_argument(
+        "--products", nargs="+", default=["qkv", "out", "gate_up", "down", "head"], help="of a layer"
+    )
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=ROWS, help="tokens of a forward")
     parser.add_argument(
         "--try-blocks", action="store_true", help="also other cuts than those a start-up tries"
     )

@@ -179,15 +179,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument(
         "--url", action="append", default=[], metavar="KIND=URL", help="a server that runs already"
     )
-    where.add_argument("--target", default="smollm2-135m")
+    where.add_argument("--target", default="smollm2-135m", help="of the servers that are started")
     where.add_argument("--draft", default="auto", help="of our server")
-    where.add_argument("--dtype", default="auto", choices=DTYPES)
+    where.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     where.add_argument("--slots", type=int, default=16, help="requests at once")
-    where.add_argument("--vllm-env", type=Path, default=VLLM_ENV)
+    where.add_argument("--vllm-env", type=Path, default=VLLM_ENV, help="a virtual environment with vLLM")
     where.add_argument("--head", type=Path, default=None, help="vLLM's draft head (default: the shipped one)")
     where.add_argument("--chain", type=int, default=3, help="drafts of vLLM's chain")
     what = parser.add_argument_group("load")
-    what.add_argument("--sets", nargs="*", default=list(SETS), choices=SETS)
+    what.add_argument("--sets", nargs="*", default=list(SETS), choices=SETS, help="of bench/prompts")
     what.add_argument(
         "--each", type=int, default=8, help="prompts of each set for one client; 0 leaves this out"
     )
@@ -197,11 +197,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--rates", nargs="*", type=float, default=[], help="open loop, requests per second")
     what.add_argument("--requests", type=int, default=32, help="per block of a loop")
     what.add_argument("--blocks", type=int, default=4, help="per point of a loop")
-    what.add_argument("--max-tokens", type=int, default=128)
-    what.add_argument("--temperature", type=float, default=0.0)
+    what.add_argument("--max-tokens", type=int, default=128, help="of an answer (default: 128)")
+    what.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     what.add_argument("--first-slo", type=float, default=2.0, metavar="SECONDS", help="to the first token")
     what.add_argument("--token-slo", type=float, default=0.1, metavar="SECONDS", help="per token after it")
-    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--seed", type=int, default=0, help="of arrivals")
     return parser.parse_args(argv)
 
 

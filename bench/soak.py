@@ -181,12 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--draft", default="auto")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--prompts-each", type=int, default=4, help="prompts of each set")
+    parser.add_argument("--target", default="smollm2-135m", help="name, directory, .gguf file or Hub id")
+    parser.add_argument("--draft", default="auto", help="as for specdec serve")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of load (default: 10)")
+    parser.add_argument("--clients", type=int, default=8, help="that ask side by side (default: 8)")
+    parser.add_argument("--slots", type=int, default=8, help="requests that run at once (default: 8)")
+    parser.add_argument("--prompts-each", type=int, default=4, help="prompts of each set (default: 4)")
     args = parser.parse_args(argv)
     known = offline(args.target, args.prompts_each)
     setup = Setup(args.target, args.draft, "float32", args.slots)

@@ -196,11 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--targets", nargs="+", default=["smollm2-135m", RANDOM])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--prefix", type=int, default=1024)
-    parser.add_argument("--tree", default="7/10/60", help="of the whole rounds")
+    parser.add_argument(
+        "--targets", nargs="+", default=["smollm2-135m", RANDOM], help="models, or shapes with random weights"
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="requests at once")
+    parser.add_argument(
+        "--nodes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="tokens checked in one forward"
+    )
+    parser.add_argument("--prefix", type=int, default=1024, help="tokens of context (default: 1024)")
+    parser.add_argument("--tree", default="7/10/60", help="of the whole rounds: depth/children/nodes")
     parser.add_argument(
         "--no-ceiling", action="store_true", help="measure no copy bandwidth, hence no floors: saves 8 GiB"
     )
