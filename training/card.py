@@ -64,8 +64,10 @@ A raw EAGLE-3 checkpoint trained with `specdec train`. It drafts; the target dec
 ## Measured
 {_measured(story)}
 
-Simulated on dev text {dev}, with the decoder's own acceptance: tokens per target forward, bonus token
-included; alpha(d) is conditional on depth d - 1 having been accepted. Tree: 60 nodes, depth 7, 10 children a node.
+*tau* is the number of tokens that one forward of the target yields, the bonus token included; plain decoding has 1.
+It is simulated on held-out text {dev}, with the decoder's own acceptance. *alpha(d)* is the
+share of guesses accepted at depth d, among those whose depth d - 1 was. A tree has 60 nodes, depth 7 and 10 children a
+node; a chain has no branches.
 
 ## Made from
 - taps (layer inputs) {", ".join(map(str, c.taps))}; draft vocabulary {c.draft_vocab:,} of {c.vocab:,}, which holds
