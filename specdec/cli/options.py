@@ -26,10 +26,7 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         help="name, directory, .gguf file or Hub id (default: smollm2-135m)",
     )
     parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=DTYPES,
-        help="of the weights; auto takes the fastest here, by measurement",
+        "--dtype", default="auto", choices=DTYPES, help="of the weights; auto measures what is fastest"
     )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
@@ -43,11 +40,7 @@ def add_model(parser: argparse.ArgumentParser, *, draft: bool = True) -> None:
         "--max-length", type=int, default=None, help="context length (default: what fits, at most 4096)"
     )
     parser.add_argument(
-        "--memory",
-        type=float,
-        default=None,
-        metavar="GIB",
-        help="for KV caches, what is kept of past tokens (default: what is free)",
+        "--memory", type=float, default=None, metavar="GIB", help="for KV caches (default: what is free)"
     )
     parser.add_argument(
         "--backend",
