@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -201,3 +202,10 @@ def test_a_misplaced_package_is_seen(by: str, line: str) -> None:
 def test_a_proper_import_passes(by: str, line: str) -> None:
     found = imports(line, by)
     assert _elsewhere(found) == _upward(found) == []
+
+
+def test_users_get_the_types() -> None:
+    """Without the marker of PEP 561 type checkers take all of an installed package for Any."""
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert (ROOT / "specdec" / "py.typed").exists()
+    assert "py.typed" in shipped["specdec"]
