@@ -9,6 +9,7 @@ import time
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from specdec.head.config import HeadConfig
@@ -33,7 +34,7 @@ def print_plan(
     visits = tokens * recipe.trainer.epochs * recipe.unroll.steps
     minutes = FLOPS * parameters * visits / rate / 60
     limit = recipe.trainer.max_minutes
-    table = Table("what", "how much", title=f"plan for {info.name}")
+    table = Table("what", "how much", title=f"plan for {escape(info.name)}")
     rows = {
         "conversations, at most tokens": f"{conversations:,}, {tokens:,}",
         "head": f"{parameters:,} parameters, {parameters * 2 / 1e6:.1f} MB as bfloat16",

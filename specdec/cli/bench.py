@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
             "is not installed here", field="bench", remedy="Run from a source checkout."
         ) from error
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from specdec.cli.screen import Screen
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True)) as progress:
 
         def tick(name: str, steps: int) -> Callable[[], None]:
-            task = progress.add_task(name, total=steps)
+            task = progress.add_task(escape(name), total=steps)
             return lambda: progress.advance(task)
 
         rows = speed.run(
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     else:
         # a file has no width of its own, and eighty columns would cut the intervals
-        Screen(width=None if sys.stdout.isatty() else 150).print(table(rows))
+        Screen(width=None if sys.stdout.isatty() else 150, markup=False).print(table(rows))
         sys.stderr.write(f"peak resident memory of generate: {rows[0]['generate_peak_mb']} MB\n")
     return 0
 

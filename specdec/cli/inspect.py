@@ -134,4 +134,4 @@ def _show(report: dict[str, Any]) -> None:
         for key, value in facts.items():
             lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
             table.add_row(key, "\n".join(lines))
-        Screen().print(table)
+        Screen(markup=False).print(table)  # names and paths may hold brackets

@@ -134,7 +134,7 @@ def make(console: Console, args: argparse.Namespace) -> int:
     summary(console, report.values)
     told = report.values["told"]
     console.print(f"peak memory {told['peak memory (GiB)']} GiB, {told['minutes']} minutes", highlight=False)
-    console.print(f"report: {page}", highlight=False)
+    console.print(f"report: {page}", highlight=False, markup=False)
     if args.json:
         sys.stdout.write((out / "report.json").read_text(encoding="utf-8") + "\n")
     return 0
@@ -222,6 +222,7 @@ def _announce(console: Console, order: Any) -> None:
         f"{plan.budget} report on {info.name}: {predictors} documents predict, {outcomes} are measured, "
         f"{len(widths)} tap sets; about {sum(minutes.values()):.0f} minutes ({parts or 'seconds each'})",
         highlight=False,
+        markup=False,
     )
     for cut in plan.cuts:
         console.print(f"  this budget cuts: {cut}", highlight=False, style="dim")

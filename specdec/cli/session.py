@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from specdec.engine.build import Options, parse_tree
 from specdec.engine.request import Piece
 from specdec.generate import Answer, SpecDecoder, answer_of
 from specdec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -33,18 +36,27 @@ def options_of(args: argparse.Namespace, *, slots: int | None = 1, most_slots: i
     )
 
 
+def loading(target: str) -> Status:
+    """A status line on stderr for as long as it is the context."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    return Console(stderr=True).status(f"loading {escape(target)}")
+
+
 def open_decoder(args: argparse.Namespace, *, draft: str) -> SpecDecoder:
     """Load what the flags name, with a status line on stderr."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status(f"loading {args.target}"):
+    with loading(args.target):
         decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args))
     info = decoder.engine.target.info
-    console.print(
-        f"[dim]{info.name}: {info.layers} layers, {str(info.dtype).removeprefix('torch.')} on {info.device}, "
-        f"drafter {decoder.engine.drafter.name}[/dim]",
+    Console(stderr=True).print(
+        f"{info.name}: {info.layers} layers, {str(info.dtype).removeprefix('torch.')} on {info.device}, "
+        f"drafter {decoder.engine.drafter.name}",
+        style="dim",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return decoder

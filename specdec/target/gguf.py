@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,9 +116,9 @@ def convert(source: Path, directory: Path, name: str) -> None:
     console = Console(stderr=True)
     message = f"Preparing {name} from {source.name}: once, about half a minute per 100 MB"
     if not console.is_terminal:
-        console.print(message, style="dim", soft_wrap=True)
+        console.print(message, style="dim", soft_wrap=True, markup=False)
     # transformers draws bars of its own on stderr, across ours
-    with console.status(message), redirect_stderr(io.StringIO()):
+    with console.status(escape(message)), redirect_stderr(io.StringIO()):
         header = read_header(source)
         model, tokenizer = _read(source)
         _refuse_leftovers(header, model)

@@ -238,6 +238,15 @@ def test_a_target_without_template_continues_the_text(run: Run, model: Path, tmp
     )
 
 
+@pytest.mark.parametrize("name", ["[red]model", "[/]"])
+def test_names_with_brackets_are_names(specdec: Run, model: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(model, copy := tmp_path / name)
+    code, _, err = specdec("generate", copy, *FAST, "--plain", "-p", "x")
+    assert code == 0 and f"{copy}: " in err
+    code, out, _ = specdec("inspect", copy, *FAST[:4], "--draft", "none")
+    assert code == 0 and name in out
+
+
 def test_ctrl_c_keeps_what_came(model: Path, tmp_path: Path) -> None:
     words = ["generate", str(model), *FAST[:6], "-p", "abc", "--ignore-eos", "--plain"]
     script = "from specdec.cli.main import main; import sys; sys.exit(main())"
