@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from specdec import __version__
 from specdec.errors import SpecdecError
@@ -52,20 +53,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in words if word in VERBS), None)
-    args = parser(verb).parse_args(words)
+    _open_what_is_closed()
     try:
-        return int(importlib.import_module(f"specdec.cli.{args.verb}").run(args))
+        try:
+            args = parser(verb).parse_args(words)
+            return int(importlib.import_module(f"specdec.cli.{args.verb}").run(args))
+        finally:
+            sys.stdout.flush()  # a pipe or a file is written to only now, and Python's own flush is too late for us
     except SpecdecError as error:
-        print(f"specdec {args.verb}: {error}", file=sys.stderr)  # noqa: T201 - the face speaks here
-        return 2
+        return _refused(verb, str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has gone: nothing more to say, and no traceback at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 0
     except OSError as error:  # a full disk, a file that is a directory: the user's world, not our bug
-        print(f"specdec {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - as above
-        return 2
+        _forget_output()
+        return _refused(verb, " ".join(str(error).split()))
+
+
+def _refused(verb: str | None, told: str) -> int:
+    print(f"specdec {verb}: {told}" if verb else f"specdec: {told}", file=sys.stderr)  # noqa: T201 - the face speaks
+    return 2
+
+
+def _open_what_is_closed() -> None:
+    """Python has None for a standard stream that the caller closed (`>&-`); here it is the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
+
+
+def _forget_output() -> None:
+    """What cannot be written any more must not be tried again at exit, which would complain with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -313,3 +313,19 @@ def test_the_package_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "specdec", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()[0]) == (0, "specdec")
     assert subprocess.run([sys.executable, "-m", "specdec", "serv"], capture_output=True).returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+@pytest.mark.parametrize(
+    ("shell", "code", "told"),
+    [("{} --help > /dev/full", 2, "specdec: [Errno 28]"), ("{} generate --help > /dev/full", 2, "specdec generate: [E"),
+     ("{} generate -h | true; exit ${{PIPESTATUS[0]}}", 0, ""), ("{} --version >&-", 0, ""),
+     ("{} generate <&-", 2, "prompt: is empty")],
+)  # fmt: skip
+def test_output_that_nobody_takes_and_input_that_nobody_gives(shell: str, code: int, told: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    line = shell.format(f"{sys.executable} -m specdec")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert told in done.stderr and bool(told) == bool(done.stderr)
