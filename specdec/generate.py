@@ -125,13 +125,13 @@ class SpecDecoder:
                 return tuple(self.tokenizer(prompt)["input_ids"])
             prompt = [{"role": "user", "content": prompt}]
         prompt = _unpacked(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise _no_prompt([prompt])
         if all(isinstance(part, Integral) for part in prompt):
             return tuple(int(part) for part in prompt)  # type: ignore[arg-type]
         if not all(isinstance(part, Mapping) for part in prompt):
-            kinds = sorted({type(part).__name__ for part in prompt})
-            raise RequestError("is neither ids nor messages", field="prompt", value=", ".join(kinds),
-                               allowed="a text, whole numbers, or mappings with role and content")  # fmt: skip
-        return render(self.loaded, [dict(message) for message in prompt])  # type: ignore[arg-type]
+            raise _no_prompt(prompt)
+        return render(self.loaded, [_message(part) for part in prompt])  # type: ignore[arg-type]
 
     def request(
         self, prompt: Prompt, sampling: Sampling, *, chat: bool = True, speculate: bool = True
@@ -179,7 +179,7 @@ class SpecDecoder:
         yield from self._drive([self.request(prompt, sampling or Sampling(), chat=chat, speculate=speculate)])
 
     def run(self, request: Request) -> Iterator[Piece]:
-        """Drive a request made with `request()`; its `output` and counters can be read meanwhile."""
+        """Drive a request made with `request()`, once; its `output` and counters can be read meanwhile."""
         yield from self._drive([request])
 
     def _drive(self, requests: Sequence[Request]) -> Iterator[Piece]:
@@ -293,6 +293,19 @@ def _check_text(text: str) -> None:
         raise RequestError(f"is not UTF-8 (character {at})", field="prompt")
 
 
+def _message(given: Mapping[str, Any]) -> dict[str, str]:
+    """Templates would print a list of parts as Python does."""
+    if not isinstance(given.get("content"), str | None):
+        raise RequestError("wants text", field="messages content", value=given["content"], allowed="a string")
+    return dict(given)
+
+
+def _no_prompt(parts: Sequence[Any]) -> RequestError:
+    kinds = sorted({type(part).__name__ for part in parts})
+    return RequestError("is neither ids nor messages", field="prompt", value=", ".join(kinds),
+                        allowed="a text, or a list of whole numbers or of mappings with role and content")  # fmt: skip
+
+
 def _unpacked(prompts: Any) -> Any:
     """Tensors and arrays as lists."""
     return prompts.tolist() if hasattr(prompts, "tolist") else prompts
@@ -310,7 +323,8 @@ def _usable(device: str) -> str:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many? A list of ints or of messages is one; a list of anything else is many. Arrays are lists."""
     prompts = _unpacked(prompts)
-    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], Integral | Mapping):
+    many = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes) and len(prompts) > 0
+    if not many or isinstance(prompts[0], Integral | Mapping):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -188,12 +188,27 @@ def test_an_answer_of_one_token_has_no_speed(plain: SpecDecoder) -> None:
     ("prompt", "told"),
     [("", "prompt: is empty"), ([{"role": "user", "content": "a"}, "b"], "neither"), ([1, 2.0], "float, int"),
      ([], "prompt: is empty"), ("\ud800", "not UTF-8"), ([1, 500], "outside the vocabulary"),
+     (None, "NoneType"), (7, "int"), (b"abc", "bytes"), (1.5, "float"), ({"role": "user", "content": "a"}, "dict"),
+     ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "content: wants text"),
      ("x" * 600, "longer than the context"), ([{"role": "user", "content": "\udcff"}], "not UTF-8")],
 )  # fmt: skip
 def test_a_bad_prompt_is_refused_before_anything_runs(plain: SpecDecoder, prompt: object, told: str) -> None:
     with pytest.raises(RequestError, match=told):
         plain.generate(["fine", prompt], SHORT)  # type: ignore[list-item]
     assert not plain.engine.busy, "the good prompt was left behind"
+    with pytest.raises(RequestError, match=told):
+        plain.generate(prompt, SHORT)  # type: ignore[arg-type]
+
+
+def test_a_request_runs_once(plain: SpecDecoder) -> None:
+    request = plain.request("abc", SHORT)
+    list(plain.run(request))
+    answer = list(request.output)
+    with pytest.raises(RequestError, match="has run already"):
+        list(plain.run(request))
+    assert not plain.engine.busy
+    plain.generate("x", SHORT)
+    assert request.output == answer
 
 
 def test_more_tokens_than_any_memory_are_refused_before_numbers_are_drawn(plain: SpecDecoder) -> None:

@@ -196,6 +196,8 @@ class Request:
 
 def check_request(request: Request, length: int, vocab: int) -> None:
     """Raises RequestError for what no engine of this length and vocabulary can serve."""
+    if request.finish is not None:
+        raise RequestError("has run already", field="request", value=request.id, remedy="Make a new one.")
     prompt, wanted = len(request.prompt), request.sampling.max_tokens
     if prompt == 0:
         raise RequestError("is empty", field="prompt", remedy="Give at least one token.")
