@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 commands: /reset forgets the conversation, /plain and /fast switch drafting, /tree colours accepted tokens,
-/quit or Ctrl-D leaves; Ctrl-C stops the answer."""
+/quit or Ctrl-D leaves; Ctrl-C stops the answer or gives up the line."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +93,13 @@ def _ask(console: Console) -> str | None:
         except UnicodeDecodeError:
             console.print("this line is not UTF-8 and was left out", markup=False)
             continue
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            console.print(
+                "\n[dim]/quit or Ctrl-D leaves[/dim]"
+            )  # no answer to stop: the line alone is given up
+            continue
         if text:
             return text
 
@@ -99,6 +107,8 @@ def _ask(console: Console) -> str | None:
 def _line() -> str:
     """From a file line by line as bytes: one that is not UTF-8 must not take the others with it."""
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - with it, input() has arrow keys and a history
         return input("> ")
     line = sys.stdin.buffer.readline()
     if not line:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +115,42 @@ def test_a_demo_ends_where_it_is_interrupted(
     code, _, err = run("demo", "--max-tokens", "20")
     assert (code, len(asked)) == (130, interrupted)
     assert "bug" not in err
+
+
+def test_a_line_can_be_edited_and_given_up() -> None:
+    pytest.importorskip("readline")
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    script = (
+        "from rich.console import Console; from specdec.cli.chat import _ask\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('asked', repr(_ask(Console())))"
+    )
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave, env=environment
+    ) as process:
+        try:
+            _read_until(master, b"> ")
+            os.write(master, b"no")
+            _read_until(master, b"no")
+            process.send_signal(signal.SIGINT)
+            _read_until(master, b"leaves")
+            _read_until(master, b"> ")
+            os.write(master, b"b\x1b[Da\n")  # to the left of b
+            told = _read_until(master, b"asked")
+            told += _read_until(master, b"\n")
+        finally:
+            process.kill()
+    os.close(slave)
+    os.close(master)
+    assert b"asked 'ab'" in told
+
+
+def _read_until(terminal: int, mark: bytes) -> bytes:
+    read, end = b"", time.monotonic() + 30
+    while mark not in read and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            read += os.read(terminal, 1)
+    assert mark in read, read
+    return read
