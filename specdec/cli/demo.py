@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from specdec.sampling import Sampling
 
     console = Screen(highlight=False)
+    coloured = console.color_system is not None and not console.no_color  # else escapes would be text
     fast = open_decoder(args, draft=args.draft)
     plain = fast.with_drafter("none", replace(options_of(args), tree=None))
     sampling = Sampling(max_tokens=args.max_tokens)
@@ -45,11 +46,10 @@ def run(args: argparse.Namespace) -> int:
         base = stream_answer(plain, prompt, sampling, "text")
         if base.finish_reason == "cancelled":
             return 130
-        console.print(
-            f"[dim]with {fast.engine.drafter.name}: accepted draft tokens are [/dim][green]green[/green]"
-        )
+        green = ": accepted draft tokens are [/dim][green]green[/green]" if coloured else "[/dim]"
+        console.print(f"[dim]with {fast.engine.drafter.name}{green}")
         sys.stdout.flush()
-        answer = stream_answer(fast, prompt, sampling, "tree")
+        answer = stream_answer(fast, prompt, sampling, "tree" if coloured else "text")
         if answer.finish_reason == "cancelled":
             return 130
         rows.append((prompt, base, answer))
@@ -66,7 +66,7 @@ def _table(rows: list) -> object:  # type: ignore[type-arg]
 
     table = Table(title="greedy decoding, same weights, same loop")
     for column in ("prompt", "plain tokens/s", "speculative tokens/s", "speedup", "tau", "identical tokens"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for prompt, base, answer in rows:
         table.add_row(
             prompt[:40] + "…",

@@ -96,6 +96,14 @@ def test_a_demo_takes_the_taps_of_a_head_that_names_none(run: Run, model: Path, 
     assert run(*words, "--taps", ",".join(map(str, head.config.taps)))[0] == 0
 
 
+def test_a_demo_that_is_kept_in_a_file_is_plain_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = run("demo", "--max-tokens", "16")
+    assert code == 0
+    assert "\033" not in out and "green" not in out
+    assert out.split("same loop")[1].count("…") == 3, "more is cut than the prompts"
+
+
 @pytest.mark.parametrize("interrupted", [1, 2])
 def test_a_demo_ends_where_it_is_interrupted(
     run: Run, monkeypatch: pytest.MonkeyPatch, interrupted: int
