@@ -16,7 +16,7 @@ examples:
   specdec inspect --draft ./my-head            a head against the default target
   specdec inspect ./model.gguf --draft none    a target alone"""
 
-SHIPPED = ("auto", "head")  # words that ask for the head that ships with the package
+SHIPPED = ("auto", "head", "head+ngram")  # words that ask for the head that ships with the package
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import options_of
-    from specdec.engine.build import LOOKUPS
     from specdec.generate import SpecDecoder
 
     options = options_of(args)
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     matches = True
     if head is not None:
         report["head"], matches = _head(decoder, head, options.taps)
-    elif args.draft.removesuffix(LOOKUPS) in SHIPPED:
+    elif args.draft in SHIPPED:
         sys.stderr.write(f"no head ships for {decoder.engine.target.info.name}\n")
     if args.json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
@@ -50,10 +49,9 @@ def _head_path(target: str, draft: str) -> Path | None:
     from specdec.engine.build import LOOKUPS
     from specdec.head.pretrained import shipped_head
 
-    name = draft.removesuffix(LOOKUPS)
-    if name in ("none", "ngram"):
+    if draft in ("", "none", "ngram"):
         return None
-    return shipped_head(target) if name in SHIPPED else Path(name)
+    return shipped_head(target) if draft in SHIPPED else Path(draft.removesuffix(LOOKUPS))
 
 
 def _target(decoder: Any) -> dict[str, Any]:

@@ -29,6 +29,13 @@ def test_a_target_without_a_head_is_told_so(inspect: Inspect, model: Path) -> No
     assert "no head ships" not in inspect("--draft", "none")[2]
 
 
+def test_words_mean_what_they_mean_to_generate(inspect: Inspect) -> None:
+    assert inspect("--draft", "")[0] == inspect("--draft", "ngram")[0] == 0
+    for draft in ("auto+ngram", "ngram+ngram", "none+ngram"):
+        code, _, err = inspect("--draft", draft)
+        assert code == 2 and "no such head directory" in err
+
+
 def test_a_head_has_what_to_mind(inspect: Inspect, model: Path, tmp_path: Path) -> None:
     head = engines.random_head(engines.load(model.parent, "llama", "lean"), range(20))
     save_raw(head, tmp_path / "head", target=TargetNames(str(model)))
