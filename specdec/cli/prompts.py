@@ -85,6 +85,8 @@ def _from_messages(name: str, messages: Any, where: str, category: str) -> Dialo
 
 def read_stdin() -> str:
     """The prompt on standard input. Raises RequestError for bytes that are not UTF-8."""
+    if sys.stdin.isatty():
+        sys.stderr.write("write the prompt; Ctrl-D on a line of its own ends it\n")
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8").strip("\n")

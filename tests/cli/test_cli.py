@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from specdec.cli.prompts import read_stdin
 from specdec.head.export import TargetNames, save_raw
 
 FAST = ["--dtype", "float32", "--device", "cpu", "--tree", "3/4/12", "--ignore-eos", "--max-tokens", "8"]
@@ -236,6 +238,19 @@ def test_a_target_without_template_continues_the_text(run: Run, model: Path, tmp
     assert (
         _rows(out)[0]["token_ids"] == _rows(run("-p", "abc", "--json", "--plain", "--raw")[1])[0]["token_ids"]
     )
+
+
+def test_a_terminal_is_told_that_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"hi\n")))
+    assert read_stdin() == "hi"
+    out, err = capsys.readouterr()
+    assert out == "" and "Ctrl-D" in err
 
 
 @pytest.mark.parametrize("name", ["[red]model", "[/]"])
