@@ -118,7 +118,11 @@ def device_map_of(text: str | None) -> str | dict[str, int | str] | None:
         given = json.loads(text)
     except ValueError:
         given = None
-    if not isinstance(given, dict) or not all(isinstance(place, int | str) for place in given.values()):
+    if (
+        not given
+        or not isinstance(given, dict)
+        or not all(isinstance(place, int | str) for place in given.values())
+    ):
         raise SpecdecError("is no placement", field="device_map", value=text,
                            allowed=", ".join(DEVICE_MAPS) + " or a JSON object of module: device")  # fmt: skip
     return given
@@ -126,7 +130,7 @@ def device_map_of(text: str | None) -> str | dict[str, int | str] | None:
 
 def memory_of(gib: float | None) -> int | None:
     """GiB -> bytes."""
-    if gib is not None and not 0 < gib < math.inf:
+    if gib is not None and not 0 < gib * 2**30 < math.inf:
         raise SpecdecError("is no amount of memory", field="memory", value=gib, allowed="GiB above 0")
     return None if gib is None else int(gib * 2**30)
 

@@ -120,6 +120,8 @@ def test_weights_that_are_not_numbers(run: Run, model: Path, tmp_path: Path) -> 
         (("--tree", "7/10", "-p", "x"), ("tree: is not a tree",)),
         (("--taps", "1,two", "-p", "x"), ("taps: wants whole numbers",)),
         (("--device", "cuda:77", "-p", "x"), ("device: cannot be used here",)),
+        (("--memory", "1e300", "-p", "x"), ("memory: is no amount",)),
+        (("--device-map", "{}", "-p", "x"), ("device_map: is no placement",)),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else None,
 )
