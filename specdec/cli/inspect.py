@@ -26,11 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from specdec.cli.session import options_of
+    from specdec.cli.session import loading, options_of
     from specdec.generate import SpecDecoder
 
     options = options_of(args)
-    decoder = SpecDecoder.from_pretrained(args.target, "none", options)
+    with loading(args.target):
+        decoder = SpecDecoder.from_pretrained(args.target, "none", options)
     report: dict[str, Any] = {"target": _target(decoder)}
     head = _head_path(decoder.engine.target.info.name, args.draft)
     matches = True

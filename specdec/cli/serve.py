@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise UnsupportedError(
             f"needs a package that is missing: {error.name}", remedy="pip install 'specdec[serve]'"
         ) from None
-    from specdec.cli.session import options_of
+    from specdec.cli.session import loading, options_of
     from specdec.generate import SpecDecoder
 
     if args.slots is not None and args.slots < 1:
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     with listener:
         options = options_of(args, slots=args.slots, most_slots=MOST_SLOTS)
         draft = "none" if args.plain else args.draft
-        decoder = SpecDecoder.from_pretrained(args.target, draft, options)
+        with loading(args.target):
+            decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target
         state = ServerState(decoder, name, limits, api_key=args.api_key, burst=args.burst)
         engine = decoder.engine
