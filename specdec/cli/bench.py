@@ -59,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from specdec.cli.session import options_of
 
     sampling = sampling_of(args)
+    for name, value in (("limit", args.limit), ("repeats", args.repeats)):
+        if value is not None and value < 1:
+            raise SpecdecError("is out of range", field=name, value=value, allowed="1 or more")
     with Progress(console=Console(stderr=True)) as progress:
 
         def tick(name: str, steps: int) -> Callable[[], None]:

@@ -176,6 +176,14 @@ def test_prompt_files_of_other_machines(run: Run, tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in out.split("\n") if line] == ["a\u2028b", "c\x85d", "e"]
 
 
+@pytest.mark.parametrize("flag", ["--limit", "--repeats"])
+def test_a_bench_of_nothing_is_refused(specdec: Run, tmp_path: Path, flag: str) -> None:
+    (file := tmp_path / "p.jsonl").write_text('{"prompt": "x"}')
+    code, out, err = specdec("bench", "speed", "no-such-model", "--prompts", file, flag, "0")
+    assert (code, out) == (2, "")
+    assert f"{flag[2:]}: is out of range" in err
+
+
 def test_what_the_system_refuses_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object) -> int:
         raise OSError(28, "No space left on device", "here")
