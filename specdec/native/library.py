@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from specdec.places import cache_root
+from specdec.places import cache_root, replacing
 
 SWITCH = "SPECDEC_NATIVE"  # "0" leaves the kernels out
 SOURCES = (
@@ -72,36 +72,44 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         return None, "no C compiler"
     try:
-        return _declared(ctypes.CDLL(str(_built(compiler)))), None
+        return _declared(_opened(compiler)), None
     except subprocess.CalledProcessError as error:
         return None, f"{compiler} failed: {(error.stderr or b'').decode(errors='replace').strip()[:200]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
 
 
-def _built(compiler: str) -> Path:
-    """Compile unless the very same library is there already. Raises OSError or a subprocess error."""
-    here = Path(__file__).parent
+def _opened(compiler: str) -> ctypes.CDLL:
+    """Compile unless the very same library is there already, whole: a name ends in its content's hash, because half a
+    library ends the process that loads it. Raises OSError or a subprocess error."""
+    here, place = Path(__file__).parent, cache_root() / "native"
     parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     parts += [" ".join(FLAGS).encode(), _processor().encode(), _version(compiler), torch.__version__.encode()]
-    name = f"kernels-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
-    try:
-        place = cache_root() / "native"
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written costs some seconds at every start, no more
-        place = Path(tempfile.mkdtemp(prefix="specdec-native-"))
-    if (place / name).exists():
-        return place / name
-    descriptor, temporary = tempfile.mkstemp(dir=place, suffix=".so")
-    os.close(descriptor)
-    try:
-        command = [compiler, *FLAGS, "-o", temporary, *(str(here / source) for source in SOURCES), "-lm"]
+    start = f"kernels-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}-"
+    with contextlib.suppress(
+        OSError
+    ):  # what cannot be read or loaded, of another user perhaps, is made again
+        for path in sorted(place.glob(f"{start}*.so")):
+            if path.name == start + _ending(path.read_bytes()):
+                return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="specdec-native-") as work:
+        made = Path(work) / "kernels.so"
+        command = [compiler, *FLAGS, "-o", str(made), *(str(here / source) for source in SOURCES), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=LONGEST)
-        Path(temporary).replace(place / name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-    return place / name
+        content = made.read_bytes()
+        name = start + _ending(content)
+        try:
+            with replacing(place / name) as fresh:
+                fresh.write_bytes(content)
+            return ctypes.CDLL(str(place / name))
+        except (
+            OSError
+        ):  # a cache that cannot be written, or is full, costs some seconds at every start, no more
+            return ctypes.CDLL(str(made.rename(made.with_name(name))))
+
+
+def _ending(content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
 def _processor() -> str:

@@ -59,7 +59,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     assert library.library() is None
     assert "strange option" in (library.why_not() or "")
-    assert list((tmp_path / "cache" / "native").iterdir()) == []
+    assert not any((tmp_path / "cache").rglob("*"))
 
 
 def test_what_was_compiled_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,12 +88,52 @@ def test_other_kernels_have_another_identity(monkeypatch: pytest.MonkeyPatch, tm
     assert library.identity() == "SPECDEC_NATIVE is 0"
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CC", "cc")
-    monkeypatch.setenv("SPECDEC_CACHE", "/proc/nowhere")
-    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+@pytest.mark.parametrize("half", [0, 5_000, -1])
+def test_half_a_library_is_made_again(half: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "other"))
     if library.library() is None:
         pytest.skip(f"no kernels: {library.why_not()}")
-    assert any(tmp_path.rglob("kernels-*.so"))
+    (whole,) = (tmp_path / "other" / "native").iterdir()
+    (tmp_path / "native").mkdir()
+    broken = tmp_path / "native" / whole.name  # not the file that this process has loaded
+    broken.write_bytes(whole.read_bytes()[:half])
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    library._loaded.cache_clear()
+    assert library.library() is not None
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("refused", ["no place", "no file", "no bytes"])
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    refused: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    work, cache = tmp_path / "work", tmp_path / "cache"
+    work.mkdir()
+    (cache / "native").mkdir(parents=True)
+    monkeypatch.setattr(library.tempfile, "tempdir", str(work))
+    monkeypatch.setenv("SPECDEC_CACHE", "/proc/nowhere" if refused == "no place" else str(cache))
+    write = Path.write_bytes
+
+    def refuse(path: Path, content: bytes) -> int:
+        """As a folder of another's, or a full disk, does."""
+        if path.is_relative_to(cache):
+            if refused == "no bytes":
+                write(path, content[:100])
+            raise OSError(refused)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    if library.library() is None:
+        assert library.why_not() == "no C compiler"
+        pytest.skip("no C compiler")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_others_may_read_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    if library.library() is None:
+        pytest.skip(f"no kernels: {library.why_not()}")
+    plain = tmp_path / "plain"
+    plain.touch()
+    (kept,) = (tmp_path / "native").iterdir()
+    assert stat.S_IMODE(kept.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
