@@ -5,6 +5,7 @@
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -122,14 +123,22 @@ INLINE int any(ints truths) {
 #endif
 }
 
-/* Scratch of this thread that lasts from call to call; NULL without memory. */
+static pthread_key_t scratch_key;
+static int scratch_known;
+
+static void scratch_begin(void) { scratch_known = !pthread_key_create(&scratch_key, free); }
+
+/* Scratch of this thread that lasts from call to call and goes with the thread; NULL without memory. */
 static inline float *scratch(size_t count) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     static __thread float *room;
     static __thread size_t have;
     if (count > have) {
+        pthread_once(&once, scratch_begin);
         free(room);
         room = aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
         have = room ? count : 0;
+        if (scratch_known) pthread_setspecific(scratch_key, room);
     }
     return room;
 }

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -182,3 +185,30 @@ def test_a_window_needs_the_positions_of_older_tree_rows() -> None:
     rows = level_rows(torch.tensor([0]), torch.tensor([5]), torch.tensor([[7]]), torch.tensor([[0b101]]), 2)
     with pytest.raises(AssertionError):
         NativeAttention().plan(rows, _cache(16, 1, torch.float32), 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory of a process")
+def test_a_thread_that_ends_takes_its_scratch_with_it() -> None:
+    cache, length = KVCache(CacheShape(1, 1, 16, torch.float32, torch.device("cpu")), 1, 10_000), 9_000
+    rows, query = (
+        chunk_rows(torch.tensor([0]), torch.tensor([length]), 48),
+        _query(1, 48, 1, 16, torch.float32),
+    )
+    attention = NativeAttention()
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+    def run(threads: int) -> None:
+        for _ in range(threads):
+            one = threading.Thread(
+                target=lambda: attention.attend(query, cache, 0, attention.plan(rows, cache, None), 0.25)
+            )
+            one.start()
+            one.join()
+
+    run(4)  # whatever else is made once
+    before, scratch = resident(), length * 48 * 4
+    run(40)
+    assert resident() - before < 10 * scratch
