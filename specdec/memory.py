@@ -47,11 +47,22 @@ def _available(path: Path) -> int | None:
 
 
 def _left_in_group(folder: Path) -> int | None:
-    """What a version 2 control group still allows; None without a limit."""
+    """What a version 2 control group still allows; None without a limit. Files that the system keeps in memory count as
+    used there until somebody needs the room, and a model that was just read fills a group with them: those that no
+    process has mapped are as good as free."""
     with contextlib.suppress(OSError, ValueError):
         limit = int((folder / "memory.max").read_text())  # "max" is no number: no limit
-        return max(0, limit - int((folder / "memory.current").read_text()))
+        used = int((folder / "memory.current").read_text())
+        return max(0, limit - used + _reclaimable(folder / "memory.stat"))
     return None
+
+
+def _reclaimable(path: Path) -> int:
+    """Bytes of unmapped files in a group's memory, by its statistics."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        stat = {name: int(amount) for name, amount in map(str.split, path.read_text().splitlines())}
+        return max(0, stat["active_file"] + stat["inactive_file"] - stat["file_mapped"])
+    return 0
 
 
 def tensor_bytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:

@@ -120,6 +120,12 @@ def test_free_memory_is_read_from_the_system(tmp_path: Path, monkeypatch: pytest
     assert memory.free_bytes(CPU) == 2048 * 1024
     (tmp_path / "memory.max").write_text("6000\n")
     assert memory.free_bytes(CPU) == 1000
+    (tmp_path / "memory.stat").write_text(
+        "anon 1000\nfile 4000\nshmem 100\nfile_mapped 300\ninactive_file 3000\nactive_file 900\n"
+    )
+    assert memory.free_bytes(CPU) == 1000 + 3900 - 300
+    (tmp_path / "memory.stat").write_text("anon 1000\n")
+    assert memory.free_bytes(CPU) == 1000
     proc.unlink()
     (tmp_path / "memory.max").unlink()
     assert memory.free_bytes(CPU) is None
