@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 
 from specdec.drafting.protocol import PLAIN, Shape
 from specdec.engine.cost_table import CostTable
-from specdec.engine.experience import SHORTEST_PAUSE, TRIAL, Pace, Trial
+from specdec.engine.experience import LONGEST_PAUSE, SHORTEST_PAUSE, TRIAL, Pace, Trial
 from specdec.tree import DraftTree
 
 FEWEST = 4  # rounds of however many requests before speculation may be judged by what it earned
 PROBE = 4  # rounds before whole sizes may be judged by what they promise
-NEW_PAUSE = 4  # plain rounds at most before a request that runs alone is tried: another text, another chance
+NEW_PAUSE = 4  # plain rounds that tell what plain ones take, before a new text or long success is tried again
 LOSS = 0.98  # of plain decoding's rate that speculation must earn; looking in vain for lookups costs nothing
 MOST_BESIDE = 4.0  # forwards that a round's drafting and accepting may count for
 FEW_NODES = 16  # nodes over which the price of a single one is averaged
@@ -75,6 +75,8 @@ class Budget:
         """A request joins `running` others. What was learned of the last text alone says little of this one."""
         if running == 0 and 1 in self.trials:
             self.trials[1].paused = min(self.trials[1].paused, NEW_PAUSE)
+            if 1 in self.paces:
+                self.paces[1].rounds = 0
 
     def _trial(self, batch: int) -> Trial:
         """What is known of this batch size. Whole sizes that cost too much from the start are tried later."""
@@ -131,9 +133,20 @@ class Budget:
                 beside = _beside(seconds, "draft", "accept")
                 self._note_tree(batch, tree.nodes, seconds["verify"])
             self.earned(batch, tree.nodes, tree.levels, tree.promised(), emitted, beside)
+            if seconds:
+                self._compare_again(batch)
         elif seconds:
             beside, pace = _beside(seconds, "accept"), seconds["verify"] / self.costs.verify_ms(batch, 1)
-            self.paces.setdefault(_bucket(batch), Pace(beside, pace)).note_plain(beside, pace)
+            self.paces.setdefault(_bucket(batch), Pace()).note_plain(beside, pace)
+
+    def _compare_again(self, batch: int) -> None:
+        """Where speculation goes on and on, what plain rounds take is known from long ago, if at all, and what trees
+        take only against that: a table or a minute that flattered trees would never be found out."""
+        trial, pace = self._trial(batch), self.paces.get(_bucket(batch))
+        if trial.rounds > (4 * TRIAL if pace is None else LONGEST_PAUSE):
+            self.trials[_bucket(batch)] = Trial(paused=NEW_PAUSE, pause=trial.pause)
+            if pace is not None:
+                pace.rounds = 0
 
     def _note_tree(self, batch: int, nodes: int, seconds: float) -> None:
         """A forward over trees took so long. Only of use while the plain ones before it are not long ago."""

@@ -11,7 +11,7 @@ DECAY = 0.95  # of running sums and means: about the last twenty rounds
 TRIAL = 12  # rounds of one request before speculation may be judged by what it earned
 SHORTEST_PAUSE, LONGEST_PAUSE = 32, 512  # plain rounds between trials
 TREE_DECAY = 0.8  # of how trees turn out against the table: the few rounds of a trial must tell
-MOST_DEARER = 2.0  # that one round may say of that
+MOST_DEARER = 2.0  # than believed, that one round may say of that
 # bounds of the correction of a drafter's probabilities, so that one streak cannot end drafting
 LEAST_TRUST = 0.25
 # accepted drafts per doubling of the tree before any round, and its weight
@@ -64,18 +64,22 @@ class Pace:
         plain: seconds of a plain forward over the table's milliseconds.
         trees: the same of trees over that of plain forwards, measured one soon after the other: texts are longer than
             the table's, and a tree may suffer more from that.
+        rounds: plain ones that `beside` and `plain` are means of; set to 0, the next ones replace what is known.
     """
 
-    beside: float
-    plain: float
+    beside: float = 0.0
+    plain: float = 0.0
     trees: float = 1.0
+    rounds: int = 0
 
     def note_plain(self, beside: float, pace: float) -> None:
         """A plain round took so much."""
-        self.beside = DECAY * self.beside + (1 - DECAY) * beside
-        self.plain = DECAY * self.plain + (1 - DECAY) * pace
+        self.rounds += 1
+        step = max(1 / self.rounds, 1 - DECAY)
+        self.beside += step * (beside - self.beside)
+        self.plain += step * (pace - self.plain)
 
     def note_tree(self, pace: float) -> None:
         """A round over trees took so much soon after plain ones; a pause of the machine must not count for much."""
-        ratio = min(max(pace / self.plain, 1 / MOST_DEARER), MOST_DEARER)
+        ratio = min(max(pace / self.plain, self.trees / MOST_DEARER), self.trees * MOST_DEARER)
         self.trees += (1 - TREE_DECAY) * (ratio - self.trees)

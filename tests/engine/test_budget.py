@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -196,6 +197,40 @@ def test_trees_that_take_longer_than_the_table_says_are_found_out() -> None:
             assert (budget.trials[1].pause == SHORTEST_PAUSE) == paid
             budget.trials.clear()
             assert (budget.shape(1).prices[7] > before[7] * 1.5) == (not paid)
+
+
+def _live(budget: Budget, rounds: int, emitted: int, ms: Callable[[int, int], float]) -> int:
+    """Rounds that speculated, of so many of one request; ms(round, nodes) of a forward."""
+    speculated = 0
+    for number in range(rounds):
+        shape = budget.shape(1)
+        nodes = 8 if shape.depth else 1
+        seconds = {"draft": 0.0, "verify": ms(number, nodes) / 1e3, "accept": 0.0}
+        budget.note(shape, _tree(nodes), emitted if shape.depth else 1, seconds)
+        speculated += shape.depth > 0
+    return speculated
+
+
+@pytest.mark.parametrize("dearer", [2, 4])
+def test_a_table_that_flatters_trees_is_found_out_although_speculation_seems_to_pay(dearer: int) -> None:
+    budget = Budget(TABLE, LIMIT)
+    ms = {1: 10.0, 8: dearer * 20.0}
+    emitted = 2 * dearer - 1  # pays by the table, not by the clock
+    assert _live(budget, 400, emitted, lambda _, nodes: ms[nodes]) < 200
+    assert _live(budget, 1000, emitted, lambda _, nodes: ms[nodes]) < 60
+
+
+def test_a_minute_that_made_plain_rounds_look_slow_is_forgotten() -> None:
+    """Something else ran until just before the second trial: against what plain rounds took then, trees look cheap."""
+    table = CostTable({1: {1: 10.0, 8: 25.0}}, {}, {})
+    budget, ms = Budget(table, LIMIT), {1: 10.0, 8: 25.0}
+    busy = TRIAL + SHORTEST_PAUSE
+    _live(budget, 1000, 2, lambda number, nodes: ms[nodes] * (2 if number < busy else 1))
+    assert _live(budget, 1000, 2, lambda _, nodes: ms[nodes]) < 60
+
+
+def test_speculation_that_pays_is_seldom_interrupted() -> None:
+    assert _live(Budget(TABLE, LIMIT), 2000, 3, lambda _, nodes: {1: 10.0, 8: 20.0}[nodes]) > 1975
 
 
 def test_looking_in_vain_is_no_loss_however_long_it_takes() -> None:
