@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from specdec.errors import CheckpointError, UnsupportedError
 from specdec.target.gguf_rope import FACTORS, state_rope
+from specdec.target.shards import first_line
 from specdec.target.weights import check_finite
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def convert(source: Path, directory: Path, name: str) -> None:
     Raises:
         CheckpointError: the file is no GGUF, truncated, or lacks tensors.
         UnsupportedError: transformers does not read this architecture from GGUF.
+        OSError: `directory` cannot be written.
     """
     console = Console(stderr=True)
     message = f"Preparing {name} from {source.name}: once, about half a minute per 100 MB"
@@ -128,11 +130,18 @@ def convert(source: Path, directory: Path, name: str) -> None:
         for tensor, weight in model.named_parameters():
             check_finite(tensor, weight)
         stops = _stop_ids(header, model, tokenizer)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        _save(directory, model, tokenizer)
     _merge(directory / "tokenizer.json", MENDED.get(header.pre, {}))
     if stops:
         _merge(directory / "generation_config.json", {"eos_token_id": stops})
+
+
+def _save(directory: Path, *parts: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    try:
+        for part in parts:
+            part.save_pretrained(directory)
+    except Exception as error:  # where a disk is full, safetensors and tokenizers raise kinds of their own
+        raise OSError(first_line(error)) from error
 
 
 def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -61,13 +61,18 @@ def build_once(place: Path, build: Callable[[Path], None]) -> Path:
     mistaken for the whole.
 
     Raises:
-        SpecdecError: the cache cannot be written. Whatever `build` raises passes through.
+        SpecdecError: the cache cannot be written: an OSError, of `build` too. Whatever else that raises passes through.
     """
     if intact(place):
         return place
-    with _alone(place):
-        if not intact(place):  # not built by another while we waited
-            _build(place, build)
+    try:
+        with _alone(place):
+            if not intact(place):  # not built by another while we waited
+                _build(place, build)
+    except OSError as error:
+        raise SpecdecError(f"the cache cannot be written: {error}", field="cache", value=str(place.parent),
+                           remedy="Free some space, or set SPECDEC_CACHE to a directory of yours."
+                           ) from error  # fmt: skip
     return place
 
 
@@ -100,17 +105,9 @@ def _recheck(path: Path, seal: Seal) -> Seal:
 
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.parent / f"{place.name}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise SpecdecError(f"the cache cannot be written: {error}", field="cache", value=str(place.parent),
-                           remedy="Set SPECDEC_CACHE to a directory of yours.") from error  # fmt: skip
-    try:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.parent / f"{place.name}.lock"):
         yield
-    finally:
-        lock.release()
 
 
 def _build(place: Path, build: Callable[[Path], None]) -> None:

@@ -77,6 +77,14 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "targets").glob(".m-*"))  # nothing is left behind
 
 
+@pytest.mark.parametrize("refused", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_disk_that_refuses_is_an_os_error_whoever_writes(tmp_path: Path, refused: str) -> None:
+    path, place = tiny_gguf.write(tmp_path / "t.gguf"), tmp_path / "new"
+    (place / refused).mkdir(parents=True)
+    with pytest.raises(OSError, match=r"(?i)directory"):
+        convert(path, place, "t")
+
+
 def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "m-00001-of-00003.gguf", "llama")
     writer.add_uint16("split.count", 3)

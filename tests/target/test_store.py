@@ -118,6 +118,16 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         build_once(tmp_path / "file" / "place", Builder())
 
 
+def test_a_disk_that_is_full_while_building_says_so_and_keeps_nothing(tmp_path: Path) -> None:
+    def fills(place: Path) -> None:
+        (place / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SpecdecError, match=r"cannot be written.*No space left.*Free some space"):
+        build_once(tmp_path / "place", fills)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
 def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     assert cache_root() == tmp_path
