@@ -96,9 +96,8 @@ def _ask(console: Console) -> str | None:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            console.print(
-                "\n[dim]/quit or Ctrl-D leaves[/dim]"
-            )  # no answer to stop: the line alone is given up
+            # no answer to stop: the line alone is given up
+            console.print("\n[dim]/quit or Ctrl-D leaves[/dim]")
             continue
         if text:
             return text

@@ -118,11 +118,7 @@ def device_map_of(text: str | None) -> str | dict[str, int | str] | None:
         given = json.loads(text)
     except ValueError:
         given = None
-    if (
-        not given
-        or not isinstance(given, dict)
-        or not all(isinstance(place, int | str) for place in given.values())
-    ):
+    if not given or not isinstance(given, dict) or {type(place) for place in given.values()} - {int, str}:
         raise SpecdecError("is no placement", field="device_map", value=text,
                            allowed=", ".join(DEVICE_MAPS) + " or a JSON object of module: device")  # fmt: skip
     return given

@@ -86,9 +86,7 @@ def _opened(compiler: str) -> ctypes.CDLL:
     parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     parts += [" ".join(FLAGS).encode(), _processor().encode(), _version(compiler), torch.__version__.encode()]
     start = f"kernels-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}-"
-    with contextlib.suppress(
-        OSError
-    ):  # what cannot be read or loaded, of another user perhaps, is made again
+    with contextlib.suppress(OSError):  # of another user, perhaps, or broken: made again
         for path in sorted(place.glob(f"{start}*.so")):
             if path.name == start + _ending(path.read_bytes()):
                 return ctypes.CDLL(str(path))
@@ -102,9 +100,7 @@ def _opened(compiler: str) -> ctypes.CDLL:
             with replacing(place / name) as fresh:
                 fresh.write_bytes(content)
             return ctypes.CDLL(str(place / name))
-        except (
-            OSError
-        ):  # a cache that cannot be written, or is full, costs some seconds at every start, no more
+        except OSError:  # a cache that is full or read-only costs some seconds at every start, no more
             return ctypes.CDLL(str(made.rename(made.with_name(name))))
 
 
