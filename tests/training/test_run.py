@@ -139,7 +139,7 @@ def test_the_card_says_whose_answers_a_head_was_trained_and_measured_on(
     train(order(target, prompts, tmp_path, "data.answers=given", "trainer.epochs=1"), quiet())
     card = (tmp_path / "README.md").read_text()
     for words in (
-        "dev text that came with the data",
+        "held-out text that came with the data",
         "answered by the data",
         "| given | ",
         "no draft can match",
