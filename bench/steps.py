@@ -41,6 +41,7 @@ from specdec.tree import MAX_NODES, chain
 REPEATS = 15
 RANDOM, SMALL = "random-8b", "random-135m"
 DRAFT_VOCAB = 32000  # of a random head
+LOUD = 32.0  # of embeddings that all layers together do not drown
 EIGHT_B = LeanConfig(
     vocab=128256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, eps=1e-5, theta=5e5,
     scaling=None, max_length=8192, qkv_bias=False, out_bias=False, qk_norm=False, tied=False, windows=(None,) * 32,
@@ -51,13 +52,19 @@ SHAPES = {RANDOM: EIGHT_B, SMALL: SMOL}
 
 
 def random_target(
-    config: LeanConfig, device: torch.device, dtype: torch.dtype, name: str = RANDOM
+    config: LeanConfig, device: torch.device, dtype: torch.dtype, name: str = RANDOM, steady: bool = False
 ) -> LeanTarget:
-    """A lean target of random weights, made on the device."""
+    """A lean target of random weights, made on the device.
+
+    Args:
+        steady: with a text of its own that no rounding changes, see `_count`; not for tied weights.
+    """
     with torch.device("meta"):
         decoder = LeanDecoder(config, ReferenceAttention())
     decoder = decoder.to(dtype).to_empty(device=device)
     randomise(decoder)
+    if steady:
+        _count(decoder)
     if config.tied:
         decoder.head.weight = decoder.embedding
     decoder.freeze()
@@ -66,6 +73,14 @@ def random_target(
     info = TargetInfo(name, "LlamaForCausalLM", config.vocab, config.hidden, config.layers, config.max_length, (),
                       dtype, device, "random", decoder.cache_shape())  # fmt: skip
     return LeanTarget(decoder, info, choice)
+
+
+def _count(decoder: LeanDecoder) -> None:
+    """Let the likeliest token after t be t + 1, by far: random weights alone leave so many near ties that two ways to
+    add up in bfloat16 soon say different things, and a known text is worth nothing."""
+    assert not decoder.config.tied
+    decoder.embedding.data.normal_(0, LOUD)
+    decoder.head.weight.data.copy_(decoder.embedding.data.roll(1, 0) / LOUD)
 
 
 def weight_bytes(target: LeanTarget) -> int:

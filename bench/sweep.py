@@ -156,7 +156,7 @@ def replay_pair(config: LeanConfig, profile: Profile, device: torch.device, dtyp
     Args:
         shape: a fixed tree; None lets the budget choose.
     """
-    lean = random_target(config, device, dtype)
+    lean = random_target(config, device, dtype, steady=True)
     target: Target = graphed(lean)[0] if device.type == "cuda" else lean
     generator = torch.Generator().manual_seed(0)
     length = min(PROMPT, config.max_length // 4)
