@@ -21,18 +21,25 @@ PART = 128  # inputs of one of the products that make up a step of all inputs
 HELD = 2**16  # numbers that eight warps hold in registers; numbers of the rows that shared memory holds
 CHEAP = 16  # rows that may be read for every block of outputs, however narrow
 SPLITS, STEPS = 8, 6  # of the inputs at most; of one program at least
+GROUP = 64  # lines of a matrix that a warp group multiplies at once
+UNDER_WAY = 9  # steps that shared memory holds
 PROCESSORS = 132  # of an H100 or H200, where there is nothing to ask
+FIRST = 256  # inputs of every line of a large matrix that are fetched before a program's turn, at least
+LULL = 2**23  # numbers of a matrix that could be read in the lull between two kernels
 
 
 class Cut(NamedTuple):
     """Outputs of a program, inputs of a step, warps; and for several rows, steps under way: 0 takes all inputs at once,
-    in products of `into`. `splits` programs share the inputs of their outputs."""
+    in products of `into`. `splits` programs share the inputs of their outputs. `ahead` inputs of every line are fetched
+    before a program's turn. `tma`: the device's copy engine fetches tiles of the matrix, not threads."""
 
     out: int
     into: int
     warps: int
     stages: int = 0
     splits: int = 1
+    ahead: int = FIRST
+    tma: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +71,30 @@ class Kind:
 
 
 class Tile(NamedTuple):
-    """Of a large matrix: lines of a program, inputs of a step, warps, steps under way, programs of a multiprocessor."""
+    """Of a large matrix: lines of a program, inputs of a step, warps, steps under way, programs of a multiprocessor,
+    and whether the copy engine fetches."""
 
     lines: int
     into: int
     warps: int
     stages: int
     beside: int = 1
+    tma: bool = False
 
 
-FEW = (Tile(32, 128, 4, 4), Tile(64, 64, 4, 6), Tile(128, 64, 8, 4))
-MANY = (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4, 2), Tile(256, 64, 8, 4), Tile(64, 64, 4, 6, 2))
-"""For rows that are cheap to read often, and for more."""
+FEW = (Tile(32, 128, 4, 4, 2), Tile(64, 64, 4, 6), Tile(64, 64, 4, 6, 2), Tile(128, 128, 8, 4))
+MANY = (
+    Tile(32, 128, 4, 4, 2),
+    Tile(64, 64, 4, 6, 2),
+    Tile(128, 64, 8, 4),
+    Tile(128, 64, 8, 6),
+    Tile(128, 128, 8, 4),
+)
+"""For rows that are cheap to read often, and for more. On an H200 these were the fastest of some twenty."""
+BY_ENGINE = (
+    Tile(128, 64, 4, 4, 1, True), Tile(128, 64, 4, 4, 2, True), Tile(128, 64, 4, 6, 1, True),
+    Tile(64, 128, 4, 3, 2, True), Tile(128, 128, 8, 4, 1, True), Tile(256, 64, 8, 4, 1, True),
+)  # fmt: skip
 
 
 def enough(rows: int) -> int:
@@ -100,14 +119,22 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.dtype.itemsize != 2 or kind.inputs % 8 or kind.lines * kind.inputs >= 2**31:
         return []
     if kind.nbytes > SMALL:
-        cuts = [_filling(kind, tile, halves) for tile in (FEW if kind.rows <= CHEAP else MANY)]
-        return [cut for cut in dict.fromkeys(cuts) if kind.outputs % cut.out == 0]
+        tiles = (*(FEW if kind.rows <= CHEAP else MANY), *BY_ENGINE)
+        cuts = [_filling(kind, tile, halves) for tile in tiles]
+        cuts += [cut._replace(ahead=_lull(kind, cut)) for cut in cuts]
+        return [
+            cut
+            for cut in dict.fromkeys(cuts)
+            if kind.outputs % cut.out == 0 and not (cut.tma and cut.out < GROUP)
+        ]
     wide = 16 if kind.lines <= 2048 else 32 // halves
     if kind.outputs % wide:
         return []
     cuts = [Cut(wide, 128, 4 if wide == 32 or kind.rows == 64 else 2, 4)]
     room = PART * parts_of(kind.inputs, PART)
     held = (kind.rows + 16 * halves) * room
+    if not (kind.norm or kind.paired or kind.outputs % GROUP):
+        cuts.append(_all_under_way(kind))
     if kind.rows * room <= HELD and held <= 3 * HELD // 2:  # beyond, sixteen warps spill
         cuts.append(Cut(16, PART, 8 if held <= HELD else 16))
     return cuts
@@ -117,7 +144,19 @@ def _filling(kind: Kind, tile: Tile, halves: int) -> Cut:
     """The inputs split until programs fill the device, all of them at once."""
     blocks = -(-kind.lines // tile.lines)
     most = min(SPLITS, kind.inputs // (STEPS * tile.into), tile.beside * _processors(kind.device) // blocks)
-    return Cut(tile.lines // halves, tile.into, tile.warps, tile.stages, max(1, most))
+    return Cut(tile.lines // halves, tile.into, tile.warps, tile.stages, max(1, most), tma=tile.tma)
+
+
+def _all_under_way(kind: Kind) -> Cut:
+    """The copy engine fetches all that a program reads at once: a short matrix costs one wait."""
+    steps = -(-kind.inputs // GROUP)
+    splits = -(-steps // UNDER_WAY)
+    return Cut(GROUP, GROUP, 4, -(-steps // splits), splits, kind.inputs, tma=True)
+
+
+def _lull(kind: Kind, cut: Cut) -> int:
+    """Inputs of every line that a lull has time to fetch; whole 16 bytes."""
+    return max(FIRST, LULL // (kind.lines * cut.splits) // FIRST * FIRST)
 
 
 @functools.cache

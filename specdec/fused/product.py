@@ -6,12 +6,13 @@ Dimension legend: R rows, W inputs, O outputs.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.fused.available import launching
-from specdec.fused.cuts import Cut, enough, parts_of
+from specdec.fused.cuts import SMALL, Cut, enough, parts_of
 from specdec.fused.layer import norm
 
 BESIDE = 32  # rows whose squares fit the registers beside their products; of more, the norm comes first
@@ -53,22 +54,49 @@ def product(
         kernels.row_kernel[(blocks,)](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
         return y
     sizes["BLOCK_ROWS"] = max(16, enough(rows))
-    first = x.dtype == torch.float16 or (cut.stages and (rows > BESIDE or cut.splits > 1))
-    if factor is not None and first:  # float16 cannot hold what a norm has yet to scale down
+    if factor is not None and norm_first(x.dtype, rows, weight.nbytes, cut):
         given = (norm(x, factor, eps).contiguous(), *given[1:4], None, y)
     if cut.stages:
         left: tuple[Tensor | None, ...] = (None, None)
         if cut.splits > 1:
             room = (cut.splits, sizes["BLOCK_ROWS"], lines)
             left = (torch.empty(room, dtype=torch.float32, device=x.device), _turns(x.device))
+        tiles = _tiles(given[0].view(rows, inputs), weight, sizes["BLOCK_ROWS"], cut)
         kernels.rows_kernel[blocks, cut.splits](
-            *given, *left, rows, inputs, outputs, eps, STAGES=cut.stages, SPLITS=cut.splits, **sizes
+            *given,
+            *left,
+            *tiles,
+            rows,
+            inputs,
+            outputs,
+            cut.ahead,
+            cut.splits,
+            eps,
+            STAGES=cut.stages,
+            **sizes,
         )
     else:
         kernels.whole_rows_kernel[(blocks,)](
             *given, rows, inputs, outputs, eps, PARTS=parts_of(inputs, cut.into), **sizes
         )
     return y
+
+
+def norm_first(dtype: torch.dtype, rows: int, nbytes: int, cut: Cut) -> bool:
+    """Must a norm be a launch of its own? Float16 cannot hold what it has yet to scale down, many rows' squares do not
+    fit the registers, and large matrices are read at full speed only where x goes to the tensor cores as it is."""
+    alone = rows > BESIDE or cut.splits > 1 or cut.tma or nbytes > SMALL
+    return dtype == torch.float16 or bool(cut.stages and alone)
+
+
+def _tiles(x: Tensor, weight: Tensor, rows: int, cut: Cut) -> tuple[Any, Any]:
+    """What the copy engine has to know of x [R, W] and the matrix; nothing where threads fetch."""
+    if not cut.tma or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return None, None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (TensorDescriptor.from_tensor(x, [rows, cut.into]),
+            TensorDescriptor.from_tensor(weight, [cut.out, cut.into]))  # fmt: skip
 
 
 @functools.cache

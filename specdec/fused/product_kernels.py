@@ -20,7 +20,6 @@ from specdec.fused.layer_kernels import activated
 from specdec.fused.overlap_kernels import fetch_ahead, fetch_lines_ahead, wait_for_others
 
 AHEAD = tl.constexpr(2**15)  # elements of a matrix that one program fetches ahead whole
-FIRST = tl.constexpr(256)  # elements of every line it fetches ahead of a longer one
 
 
 @triton.jit
@@ -72,47 +71,52 @@ def row_kernel(
     _put(made, _more(plus, out, there), y, out, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def rows_kernel(
-    x, weight, bias, plus, factor, y, partial, turns, rows, inputs, outputs, eps,
+    x, weight, bias, plus, factor, y, partial, turns, x_tiles, tiles, rows, inputs, outputs, ahead, splits, eps,
     PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """At most BLOCK_ROWS rows, in tensor cores: every program reads its part of the matrix once, and as much of x.
 
-    Grid (blocks of outputs, SPLITS of the inputs); BLOCK_OUT divides `outputs`. x is read once for every block, so that
-    large matrices want wide ones, and the inputs split to have enough: all but the last of a block's programs leave
-    their sums, float32, in partial [SPLITS, BLOCK_ROWS, lines], and the last adds all in their order. turns int32
-    [blocks] is zero before and after. No norm goes with splits.
+    Grid (blocks of outputs, splits of the inputs); BLOCK_OUT divides `outputs`. x is read once for every block, so that
+    large matrices want wide ones, and the inputs split to have enough: a block's programs leave their sums, float32, in
+    partial [splits, BLOCK_ROWS, lines], and the last of them adds all in their order. turns int32 [blocks] is zero
+    before and after; without it there is one split. No norm goes with splits.
 
-    A short matrix is fetched into the L2 cache before waiting, of a long one the first steps.
+    Given descriptors x_tiles [BLOCK_ROWS, BLOCK_IN] and tiles [BLOCK_OUT, BLOCK_IN], the copy engine fetches, and no
+    norm comes first. A short matrix is fetched into the L2 cache before waiting, of a long one `ahead` of every line.
     """
     first, split = tl.program_id(0) * BLOCK_OUT, tl.program_id(1)
     out, row, column = first + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_IN)
-    share = tl.cdiv(tl.cdiv(inputs, BLOCK_IN), SPLITS) * BLOCK_IN
+    share = tl.cdiv(tl.cdiv(inputs, BLOCK_IN), splits) * BLOCK_IN
     begin = split * share
     end = tl.minimum(inputs, begin + share)
-    _fetch_block(weight, first, inputs, begin, end, BLOCK_OUT)
+    _fetch_block(weight, first, inputs, begin, end, ahead, BLOCK_OUT)
     if PAIRED:
-        _fetch_block(weight, outputs + first, inputs, begin, end, BLOCK_OUT)
+        _fetch_block(weight, outputs + first, inputs, begin, end, ahead, BLOCK_OUT)
     kept = (row < rows)[:, None] & (out < outputs)[None, :]
     matrix, pairs = weight + out[None, :] * inputs, weight + (outputs + out)[None, :] * inputs
     wait_for_others()
-    acc, beside = _sums(x + row[:, None] * inputs, (row < rows)[:, None], matrix, pairs, factor, column, begin, end,
-                        inputs, eps, PAIRED, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, STAGES)  # fmt: skip
+    if tiles is not None:
+        acc, beside = _sums_of_tiles(x_tiles, tiles, first, outputs + first, begin, end, PAIRED, BLOCK_ROWS, BLOCK_OUT,
+                                     BLOCK_IN, STAGES)  # fmt: skip
+    else:
+        acc, beside = _sums(x + row[:, None] * inputs, (row < rows)[:, None], matrix, pairs, factor, column, begin,
+                            end, inputs, eps, PAIRED, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, STAGES)  # fmt: skip
     last = True
-    if SPLITS > 1:
+    if turns is not None:
         lines = outputs * 2 if PAIRED else outputs
         spot, step = partial + row[:, None] * lines + out[None, :], BLOCK_ROWS * lines
         tl.store(spot + split * step, acc)
         if PAIRED:
             tl.store(spot + split * step + outputs, beside)
         tl.debug_barrier()
-        last = tl.atomic_add(turns + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
+        last = tl.atomic_add(turns + tl.program_id(0), 1, sem="acq_rel") == splits - 1
     if last:
-        if SPLITS > 1:
+        if turns is not None:
             tl.store(turns + tl.program_id(0), 0)
-            acc, beside = _gathered(spot, step, SPLITS), _gathered(spot + outputs * PAIRED, step, SPLITS)
+            acc, beside = _gathered(spot, step, splits), _gathered(spot + outputs * PAIRED, step, splits)
         _finish(acc, beside, bias, plus, y, row, out, kept, outputs, PAIRED)
 
 
@@ -147,20 +151,36 @@ def _sums(
 
 
 @triton.jit
-def _fetch_block(weight, first, inputs, begin, end, BLOCK_OUT: tl.constexpr):
+def _sums_of_tiles(
+    x_tiles, tiles, first, pair, begin, end, PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_sums` without a norm. The matrix is the left factor: it has rows enough for a warp group, x may not."""
+    acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    beside = acc
+    for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
+        value = x_tiles.load([0, start]).T
+        acc = tl.dot(tiles.load([first, start]), value, acc, input_precision="ieee")
+        if PAIRED:
+            beside = tl.dot(tiles.load([pair, start]), value, beside, input_precision="ieee")
+    return acc.T, beside.T
+
+
+@triton.jit
+def _fetch_block(weight, first, inputs, begin, end, ahead, BLOCK_OUT: tl.constexpr):
     """Bring lines of the matrix from `first` on into the L2 cache: all of short ones, else how a share begins."""
     if BLOCK_OUT * inputs <= AHEAD:
         fetch_ahead(weight + first.to(tl.int64) * inputs, BLOCK_OUT * inputs, 64)
     else:
         line = first + tl.arange(0, BLOCK_OUT)
-        fetch_lines_ahead(weight + line.to(tl.int64) * inputs + begin, tl.minimum(end - begin, FIRST))
+        fetch_lines_ahead(weight + line.to(tl.int64) * inputs + begin, tl.minimum(end - begin, ahead))
 
 
 @triton.jit
-def _gathered(spot, step, SPLITS: tl.constexpr):
+def _gathered(spot, step, splits):
     """The sum of what all programs of a block have left, always in one order."""
     total = tl.load(spot, cache_modifier=".cg")
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, splits):
         total += tl.load(spot + split * step, cache_modifier=".cg")
     return total
 

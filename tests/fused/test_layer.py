@@ -90,6 +90,7 @@ def place_case(queries: int, kv_heads: int, size: int, dtype: torch.dtype) -> fl
 
 
 SPLIT = cuts.Cut(16, 64, 4, 2, 3)
+TILES, SPLIT_TILES = cuts.Cut(64, 64, 4, 2, tma=True), cuts.Cut(64, 64, 4, 2, 3, tma=True)
 SHORT, TILE, WHOLE = cuts.Cut(4, 64, 4), cuts.Cut(16, 64, 2, 2), cuts.Cut(16, 32, 4)
 
 
@@ -173,6 +174,21 @@ CASES: dict[str, Callable[[], float]] = {
     "product of rows, inputs split, half": lambda: product_case(
         576, 32, HALF, rows=3, norm=True, plus=True, cut=SPLIT
     ),
+    "product of rows by the copy engine": lambda: product_case(
+        256, 128, F32, rows=5, bias=True, plus=True, cut=TILES
+    ),
+    "product of rows by the copy engine behind a norm": lambda: product_case(
+        200, 64, F32, rows=20, norm=True, cut=TILES
+    ),
+    "product of rows by the copy engine in pairs": lambda: product_case(
+        256, 128, F32, rows=64, norm=True, paired=True, bias=True, cut=TILES
+    ),
+    "product of rows by the copy engine, inputs split": lambda: twice(
+        product_case, 264, 128, F32, rows=33, bias=True, plus=True, cut=SPLIT_TILES
+    ),
+    "product of rows by the copy engine, half": lambda: product_case(
+        576, 128, HALF, rows=16, norm=True, plus=True, cut=SPLIT_TILES
+    ),
     "large norm, half": lambda: large_norm_case(1, SHORT),
     "large norm of rows, half": lambda: large_norm_case(5, TILE),
     "large norm of rows, inputs split, half": lambda: large_norm_case(5, SPLIT),
@@ -188,7 +204,8 @@ CASES: dict[str, Callable[[], float]] = {
         576, 32, HALF, rows=3, norm=True, plus=True, cut=cuts.Cut(16, 128, 8)
     ),
 }
-NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count")
+NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count", "ahead",
+           "splits")  # fmt: skip
 
 
 def main() -> None:
@@ -211,7 +228,11 @@ def compiled(
         "partial": "*fp32",
         "turns": "*i32",
     }
-    even = [name for name in kernel.arg_names if name not in {*constants, "eps", "rows"}]
+    for name, size in (("x_tiles", "BLOCK_ROWS"), ("tiles", "BLOCK_OUT")):
+        if size in constants:
+            kinds[name] = f"tensordesc<bf16[{constants[size]}, {constants['BLOCK_IN']}]>"
+    odd = {*constants, "eps", "rows", "splits", "x_tiles", "tiles"}
+    even = [name for name in kernel.arg_names if name not in odd]
     return assembled(kernel, kinds, constants, even, {"num_warps": warps}, folder)
 
 
@@ -235,13 +256,16 @@ def test_products_of_few_rows_keep_to_registers(
             constants["WHOLE"] = cut.into >= sizes[0]
             report = compiled(product_kernels.row_kernel, constants, cut.warps, tmp_path, absent)
         elif cut.stages:
-            constants |= {"BLOCK_ROWS": rows, "STAGES": cut.stages, "SPLITS": cut.splits}
-            before = ("factor",) if rows > product.BESIDE or cut.splits > 1 else ()
+            constants |= {"BLOCK_ROWS": rows, "STAGES": cut.stages}
+            nbytes = 2 * sizes[0] * sizes[1] * (2 if paired else 1)
+            before = ("factor",) if product.norm_first(torch.bfloat16, rows, nbytes, cut) else ()
             before += ("partial", "turns") if cut.splits == 1 else ()
+            before += () if cut.tma else ("x_tiles", "tiles")
             report = compiled(product_kernels.rows_kernel, constants, cut.warps, tmp_path, (*absent, *before))
             text = (tmp_path / "kernel.ptx").read_text()
-            assert "mma.sync" in text or "wgmma" in text, "outside the tensor cores"
-            assert "cp.async.cg.shared.global" in text and "cp.async.bulk.prefetch.L2" in text
+            assert ("wgmma.mma" if cut.tma else "mma") in text, "outside the tensor cores"
+            assert "cp.async.bulk.prefetch.L2" in text
+            assert ("cp.async.bulk.tensor" if cut.tma else "cp.async.cg.shared.global") in text
         else:
             constants |= {"BLOCK_ROWS": rows, "PARTS": cuts.parts_of(sizes[0], cut.into)}
             report = compiled(product_kernels.whole_rows_kernel, constants, cut.warps, tmp_path, absent)
