@@ -1,4 +1,4 @@
-"""Tree attention by our own split-KV kernels: tilings, checks and launches; the default on CUDA.
+"""Tree attention by our own split-KV kernels: tilings, checks and the launch; the default on CUDA.
 
 Knows nothing of models or graphs, and imports triton only inside functions. Everything a launch needs from
 the device (lengths, slots, ancestor bits) is read by the kernel: a captured launch is right at every length.
@@ -19,11 +19,14 @@ from torch import Tensor
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
-from specdec.fused.available import launching
+from specdec.fused.available import launching, power
 
 WORD = 64  # tree rows per ancestor word
 MAX_SPLITS = 64
 WAVES = 2  # programs per multiprocessor that the splits aim at
+MERGED_ROWS = 16  # rows that are merged at a time, at most
+HELD = 2**15  # float32 of other splits read at a time, times warps: all on their way together, none spilled
+TILES = 2**14  # of one launch, beyond which keys are not split; far more than fill any device
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -37,6 +40,8 @@ class Tiling:
         head: head size, rounded up to a power of two.
         splits: shares the keys are cut into.
         least: keys below which a share is not cut further, a multiple of `keys`.
+        worth: keys that are read in the time it takes to merge one split; 0 cuts `splits` whatever that takes.
+        merged: rows that are merged at a time.
         warps, stages: of the compiler.
     """
 
@@ -45,8 +50,19 @@ class Tiling:
     head: int
     splits: int
     least: int
+    worth: int
+    merged: int
     warps: int
     stages: int
+
+    def constants(self) -> dict[str, int]:
+        """The kernel's, and the compiler's."""
+        held = HELD // self.warps // (self.merged * self.head)
+        return {
+            "SPLITS": self.splits, "LEAST": self.least, "WORTH": self.worth, "MERGED_ROWS": self.merged,
+            "MERGED_PARTS": max(1, min(held, power(1, self.splits))), "BLOCK_ROWS": self.rows,
+            "BLOCK_KEYS": self.keys, "BLOCK_HEAD": self.head, "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
 
 
 def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.dtype, words: int = 1,
@@ -55,8 +71,11 @@ def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.d
 
     Every tile here compiles for sm_90 without spilling registers; a test compiles them. Small batches cut
     the keys until every multiprocessor has work, but a share keeps at least one block of keys.
+
+    One program merges what its tile's splits have left. It reads perhaps 64 bytes a cycle, so that a split of 64 rows
+    of head 128 takes 512 cycles, in which tensor cores fold about 64 keys, and other cores an eighth of that.
     """
-    head = max(16, 1 << (head_dim - 1).bit_length())
+    head = power(16, head_dim)
     if dtype == torch.float32:  # exact products run outside the tensor cores, in small tiles
         widest, keys, warps, stages = (32 if head <= 128 else 16), 16, 8, 2
     elif head > 128:
@@ -67,10 +86,11 @@ def tiling(packed: int, pairs: int, capacity: int, head_dim: int, dtype: torch.d
         widest, keys, warps, stages = 128, 64, 8, 3
     else:
         widest, keys, warps, stages = 64, 64, 4, 3
-    rows = min(widest, max(16, 1 << (packed - 1).bit_length()))
+    rows = min(widest, power(16, packed))
     programs = pairs * -(-packed // rows)
     splits = max(1, min(WAVES * multiprocessors // programs, MAX_SPLITS, capacity // keys))
-    return Tiling(rows, keys, head, splits, keys, warps, stages)
+    worth = min(packed, rows) * head // (1024 if dtype == torch.float32 else 128)
+    return Tiling(rows, keys, head, splits, keys, worth, min(MERGED_ROWS, power(4, packed)), warps, stages)
 
 
 def tree_attention(
@@ -90,6 +110,8 @@ def tree_attention(
     splits: int | None = None,
 ) -> Tensor:
     """Attention of tree rows over the committed rows of their slot and their ancestors among the tree rows.
+
+    On one device, all calls must be in one order: where keys are split, they count in one place.
 
     Args:
         q: [B, N, Hq, D]; k_cache, v_cache: [slots, Hkv, S, D] views of one layer, new rows already written.
@@ -116,7 +138,7 @@ def tree_attention(
     kv_heads = k_cache.shape[1]
     cut = tiling(n * heads // kv_heads, b * kv_heads, k_cache.shape[2], d, q.dtype, _words(ancestors),
                  _multiprocessors(q.device))  # fmt: skip
-    cut = cut if splits is None else replace(cut, splits=splits)
+    cut = cut if splits is None else replace(cut, splits=splits, worth=0)
     view = _View(q, k_cache, v_cache, slots, lengths, ancestors, positions, tree_positions, offset, window)
     return _launch(view, cut, *score_factors(scale, softcap))
 
@@ -151,24 +173,30 @@ class _View:
 
 def _launch(view: _View, cut: Tiling, scale: float, softcap: float | None) -> Tensor:
     b, n, heads, d = view.q.shape
-    kv_heads, parts = view.keys.shape[1], cut.splits
+    kv_heads = view.keys.shape[1]
+    tiles, pairs = -(-n * heads // kv_heads // cut.rows), b * kv_heads
+    if tiles * pairs > TILES:
+        cut = replace(cut, splits=1)
     out = torch.empty((b, n, heads, d), dtype=view.q.dtype, device=view.q.device)
-    shape = (b, n, heads, parts) if parts > 1 else (1, 1, 1, 1)
-    lse = torch.empty(shape, dtype=torch.float32, device=out.device)
-    partial = torch.empty((*shape, d), dtype=torch.float32, device=out.device)
-    kernels = _kernels(out.device.type)
-    kernels.split_kernel[(-(-n * heads // kv_heads // cut.rows), b * kv_heads, parts)](
-        *view.pointers(), out, partial, lse, n, view.offset, scale, softcap, view.window, *view.strides(),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors), SPLITS=parts,
-        LEAST=cut.least, BLOCK_ROWS=cut.rows, BLOCK_KEYS=cut.keys, BLOCK_HEAD=cut.head,
-        num_warps=cut.warps, num_stages=cut.stages, **launching(),
+    left: tuple[Tensor | None, ...] = (None, None, None)
+    if cut.splits > 1:
+        lse = torch.empty((pairs, tiles, cut.splits, cut.rows), dtype=torch.float32, device=out.device)
+        left = (lse.new_empty(*lse.shape, cut.head), lse, _turns(out.device))
+    _kernels(out.device.type).split_kernel[tiles, pairs, cut.splits](
+        *view.pointers(), out, *left, n, view.offset, scale, softcap, view.window, *view.strides(),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors),
+        **cut.constants(), **launching(),
     )  # fmt: skip
-    if parts > 1:
-        kernels.combine_kernel[(b * n * heads,)](
-            out, partial, lse, HEAD=d, SPLITS=parts, BLOCK_SPLITS=1 << (parts - 1).bit_length(),
-            BLOCK_HEAD=cut.head, num_warps=2, **launching(),
-        )  # fmt: skip
     return out
+
+
+@functools.cache
+def _turns(device: torch.device) -> Tensor:
+    """Of tiles whose keys are split: how many programs are done. Launches leave zeros, and no two run at once.
+
+    Never freed: captured launches hold its address.
+    """
+    return torch.zeros(TILES, dtype=torch.int32, device=device)
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:

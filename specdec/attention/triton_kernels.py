@@ -1,4 +1,4 @@
-"""The Triton kernels of tree attention: split keys, pack the query heads of a group, combine the splits.
+"""The Triton kernel of tree attention: split keys, pack the query heads of a group, merge the splits.
 
 Imported only by functions that are about to launch or compile them, because it imports triton. Knows nothing
 of torch tensors, tilings or the cache: `specdec.attention.triton` chooses those.
@@ -6,6 +6,7 @@ of torch tensors, tilings or the cache: `specdec.attention.triton` chooses those
     rows     r = node * GROUP + head of group: a key is read once for all query heads that share it
     keys     [0 ... blocks wholly in the prefix: no mask ...)[ tail: last prefix keys and tree rows, by bit )
     splits   equal shares of the keys, cut at the length in device memory: one graph fits all lengths
+    merge    by whoever of a tile's splits is done last: a second launch would take longer than its work
 
 All exponentials are base 2: scores arrive multiplied by log2(e), and the stored log-sum-exp is a log2.
 """
@@ -65,33 +66,115 @@ def _key_position(key, end, length, request, nodes, offset, ancestors, tree_posi
 
 @triton.jit
 def _span(length, node_end, position, offset, window, split, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-          BLOCK_KEYS: tl.constexpr):  # fmt: skip
-    """(start, stop, end): the keys of this split in whole blocks, and the end of all keys of this tile."""
+          WORTH: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # fmt: skip
+    """(start, stop, end, parts): the keys of this split in whole blocks, the end of all keys of this tile, and how
+    many of its splits have keys, or would if there were any.
+
+    Of n keys, shares of sqrt(n * WORTH) take the least time to read one and then merge all, where merging a split
+    takes as long as reading WORTH keys.
+    """
     first = 0
     if window is not None:
         first = tl.maximum(tl.min(position, 0) - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     end = length + offset + node_end
-    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    share = tl.maximum(share, LEAST)
+    share = tl.cdiv(end - first, SPLITS)
+    if SPLITS > 1 and WORTH > 0:
+        keys = tl.maximum(end - first, 0).to(tl.float32)
+        share = tl.maximum(share, tl.sqrt(keys * WORTH).to(tl.int32))
+    share = tl.maximum(tl.cdiv(share, BLOCK_KEYS) * BLOCK_KEYS, LEAST)
     start = first + split * share
-    return start, tl.minimum(start + share, end), end
+    return start, tl.minimum(start + share, end), end, tl.maximum(tl.cdiv(end - first, share), 1)
 
 
 @triton.jit
-def _store(acc, peak, total, out, partial, lse, spot, alive, dim, split, HEAD: tl.constexpr,
-           SPLITS: tl.constexpr):  # fmt: skip
-    """Write finished rows, or this split's part of them; a split without keys leaves only its -inf."""
+def _put(acc, total, out, row, rows, dim, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr):
+    """Divide packed rows by their weights, round and store them; rows that saw nothing are zero."""
+    made = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at = row // GROUP * (KV_HEADS * GROUP) + row % GROUP
+    mask = (row < rows)[:, None] & (dim < HEAD)[None, :]
+    tl.store(out + (at[:, None] * HEAD + dim[None, :]), made.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _leave(
+    acc, peak, total, partial, lse, alive, dim, split, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr
+):
+    """Write this split's part of its tile. Of rows that saw none of its keys it is zeros, with -inf."""
     safe = tl.where(total == 0.0, 1.0, total)
-    scaled = acc / safe[:, None]
-    wide = (dim < HEAD)[None, :]
+    at = split * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tl.store(lse + at, tl.where(total > 0.0, peak + tl.log2(safe), float("-inf")), mask=alive)
+    tl.store(partial + at[:, None] * BLOCK_HEAD + dim[None, :], acc / safe[:, None], mask=alive[:, None])
+
+
+@triton.jit
+def _is_last(turn, parts):
+    """Count this program among the `parts` of its tile; the last one sees what all have left, and puts zero back."""
+    tl.debug_barrier()  # one thread counts, for what all have stored
+    last = tl.atomic_add(turn, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(turn, 0)
+    return last
+
+
+@triton.jit
+def _merged(partial, lse, row, alive, dim, parts, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+            MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr):  # fmt: skip
+    """(acc, total) of a few rows of a tile: their parts weighed by log-sum-exp, always in one order.
+
+    No load waits for another. A thread holds all parts of its elements, so that it sums them up alone.
+    """
+    part = tl.arange(0, MERGED_PARTS)
+    acc = tl.zeros([MERGED_ROWS, BLOCK_HEAD], tl.float32)
+    total = tl.zeros([MERGED_ROWS], tl.float32)
+    peak = total - float("inf")
+    for start in range(0, parts, MERGED_PARTS):
+        there = (part < parts - start)[:, None] & alive[None, :]
+        # what differs between parts is added last: it is constant, and takes no registers
+        spot = partial + start * (BLOCK_ROWS * BLOCK_HEAD) + (row[:, None] * BLOCK_HEAD + dim[None, :])
+        spot = spot[None, :, :] + (part * (BLOCK_ROWS * BLOCK_HEAD))[:, None, None]
+        # rows follow each other no more than parts do; but threads have to share rows, and not every triton says so
+        spot = tl.max_contiguous(spot, [1, 2, BLOCK_HEAD])
+        value = tl.load(spot, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        at = lse + start * BLOCK_ROWS + row[None, :] + (part * BLOCK_ROWS)[:, None]
+        level = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        higher = tl.maximum(peak, tl.max(level, 0))
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, shrink = tl.exp2(level - pivot[None, :]), tl.exp2(peak - pivot)
+        acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * value, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        peak = higher
+    return acc, total
+
+
+@triton.jit
+def _finish(
+    acc, peak, total, out, partial, lse, turns, request, kv, dim, nodes, split, parts,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Store finished rows: at once where one split has all keys, else by the last of those that have some.
+
+    A few rows are merged at a time: all in one kernel's registers would spill.
+    """
+    first, rows = tl.program_id(0) * BLOCK_ROWS, nodes * GROUP
+    row = first + tl.arange(0, BLOCK_ROWS)
+    out += request.to(tl.int64) * nodes * (KV_HEADS * GROUP * HEAD) + kv * (GROUP * HEAD)
     if SPLITS == 1:
-        mask = alive[:, None] & wide
-        tl.store(out + spot[:, None] * HEAD + dim[None, :], scaled.to(out.dtype.element_ty), mask=mask)
-    else:
-        at = spot * SPLITS + split
-        some = (alive & (total > 0.0))[:, None]
-        tl.store(lse + at, tl.where(total > 0.0, peak + tl.log2(safe), float("-inf")), mask=alive)
-        tl.store(partial + at[:, None] * HEAD + dim[None, :], scaled, mask=some & wide)
+        _put(acc, total, out, row, rows, dim, KV_HEADS, GROUP, HEAD)
+    elif split < parts:
+        if parts == 1:
+            _put(acc, total, out, row, rows, dim, KV_HEADS, GROUP, HEAD)
+        else:
+            tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            lse += tile * (SPLITS * BLOCK_ROWS)
+            partial += tile.to(tl.int64) * (SPLITS * BLOCK_ROWS * BLOCK_HEAD)
+            _leave(acc, peak, total, partial, lse, row < rows, dim, split, BLOCK_ROWS, BLOCK_HEAD)
+            if _is_last(turns + tile, parts):
+                for start in range(0, tl.minimum(BLOCK_ROWS, rows - first), MERGED_ROWS):
+                    few = start + tl.arange(0, MERGED_ROWS)
+                    mixed, weights = _merged(partial, lse, few, first + few < rows, dim, parts, BLOCK_ROWS,
+                                             BLOCK_HEAD, MERGED_ROWS, MERGED_PARTS)  # fmt: skip
+                    _put(mixed, weights, out, first + few, rows, dim, KV_HEADS, GROUP, HEAD)
 
 
 @triton.jit
@@ -108,17 +191,19 @@ def _sight(request, node, alive, nodes, ancestors, positions, window, WORDS: tl.
 
 @triton.jit
 def split_kernel(
-    q, k, v, slots, lengths, ancestors, positions, tree_positions, out, partial, lse,
+    q, k, v, slots, lengths, ancestors, positions, tree_positions, out, partial, lse, turns,
     nodes, offset, scale, softcap, window, q_request, q_node, q_head, kv_slot, kv_head, kv_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WORDS: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, WORTH: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one request and KV head against one share of its keys.
+    """One tile of rows of one request and KV head against one share of its keys; the last to finish merges.
 
     Grid (row tiles, requests * kv heads, splits). q [B, N, Hq, D] and k, v [slots, Hkv, S, D] by strides, the
-    same for k and v; out [B, N, Hq, D], partial float32 [B, N, Hq, SPLITS, D], lse float32 [B, N, Hq, SPLITS]
-    contiguous. `ancestors`, `softcap` and `window` (with both positions) may be None, which drops their code.
+    same for k and v; out [B, N, Hq, D] dense. Of each tile, partial float32 [SPLITS, BLOCK_ROWS, BLOCK_HEAD], lse
+    float32 [SPLITS, BLOCK_ROWS] and turns int32, which is zero before and after; with one split they may be None, and
+    `ancestors`, `softcap` and `window` (with both positions) wherever they are not wanted: that drops their code.
     """
     wait_for_others()
     request, kv, split = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS, tl.program_id(2)
@@ -135,7 +220,8 @@ def split_kernel(
     node_end = nodes
     if ancestors is None:
         node_end = tl.minimum(nodes, (tl.program_id(0) * BLOCK_ROWS + BLOCK_ROWS - 1) // GROUP + 1)
-    start, stop, end = _span(length, node_end, position, offset, window, split, SPLITS, LEAST, BLOCK_KEYS)
+    start, stop, end, parts = _span(length, node_end, position, offset, window, split, SPLITS, LEAST, WORTH,
+                                    BLOCK_KEYS)  # fmt: skip
     inner = tl.minimum(stop, length // BLOCK_KEYS * BLOCK_KEYS)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_HEAD], tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -159,22 +245,5 @@ def split_kernel(
             of_key = _key_position(key, end, length, request, nodes, offset, ancestors, tree_positions)
             sees = sees & (position[:, None] - of_key[None, :] < window)
         acc, peak, total = _fold(query, keys, values, sees, acc, peak, total, scale, softcap, True)
-    spot = (request.to(tl.int64) * nodes + node) * (KV_HEADS * GROUP) + head
-    _store(acc, peak, total, out, partial, lse, spot, alive, dim, split, HEAD, SPLITS)
-
-
-@triton.jit
-def combine_kernel(out, partial, lse, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-                   BLOCK_HEAD: tl.constexpr):  # fmt: skip
-    """Weigh the splits of one row of one head by their log-sum-exp. Grid (B * N * Hq,)."""
-    wait_for_others()
-    row = tl.program_id(0).to(tl.int64)
-    split, dim = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_HEAD)
-    level = tl.load(lse + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
-    some = level > float("-inf")
-    weight = tl.exp2(level - tl.max(tl.where(some, level, -3.0e38), 0))
-    at = (row * SPLITS + split)[:, None] * HEAD + dim[None, :]
-    part = tl.load(partial + at, mask=some[:, None] & (dim < HEAD)[None, :], other=0.0)
-    total = tl.sum(weight, 0)
-    mixed = tl.sum(weight[:, None] * part, 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + row * HEAD + dim, mixed.to(out.dtype.element_ty), mask=dim < HEAD)
+    _finish(acc, peak, total, out, partial, lse, turns, request, kv, dim, nodes, split, parts, KV_HEADS, GROUP,
+            HEAD, SPLITS, MERGED_ROWS, MERGED_PARTS, BLOCK_ROWS, BLOCK_HEAD)  # fmt: skip
