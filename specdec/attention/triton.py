@@ -59,8 +59,7 @@ class Tiling:
         """The kernel's, and the compiler's."""
         held = HELD // self.warps // (self.merged * self.head)
         return {
-            "SPLITS": self.splits, "LEAST": self.least, "WORTH": self.worth, "MERGED_ROWS": self.merged,
-            "MERGED_PARTS": max(1, min(held, power(1, self.splits))), "BLOCK_ROWS": self.rows,
+            "LEAST": self.least, "MERGED_ROWS": self.merged, "MERGED_PARTS": max(1, held), "BLOCK_ROWS": self.rows,
             "BLOCK_KEYS": self.keys, "BLOCK_HEAD": self.head, "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
@@ -184,7 +183,7 @@ def _launch(view: _View, cut: Tiling, scale: float, softcap: float | None) -> Te
         left = (lse.new_empty(*lse.shape, cut.head), lse, _turns(out.device))
     _kernels(out.device.type).split_kernel[tiles, pairs, cut.splits](
         *view.pointers(), out, *left, n, view.offset, scale, softcap, view.window, *view.strides(),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors),
+        cut.splits, cut.worth, KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors),
         **cut.constants(), **launching(),
     )  # fmt: skip
     return out

@@ -65,22 +65,20 @@ def _key_position(key, end, length, request, nodes, offset, ancestors, tree_posi
 
 
 @triton.jit
-def _span(length, node_end, position, offset, window, split, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-          WORTH: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # fmt: skip
+def _span(length, node_end, position, offset, window, split, splits, worth, LEAST: tl.constexpr,
+          BLOCK_KEYS: tl.constexpr):  # fmt: skip
     """(start, stop, end, parts): the keys of this split in whole blocks, the end of all keys of this tile, and how
     many of its splits have keys, or would if there were any.
 
-    Of n keys, shares of sqrt(n * WORTH) take the least time to read one and then merge all, where merging a split
-    takes as long as reading WORTH keys.
+    Of n keys, shares of sqrt(n * worth) take the least time to read one and then merge all, where merging a split
+    takes as long as reading `worth` keys.
     """
     first = 0
     if window is not None:
         first = tl.maximum(tl.min(position, 0) - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     end = length + offset + node_end
-    share = tl.cdiv(end - first, SPLITS)
-    if SPLITS > 1 and WORTH > 0:
-        keys = tl.maximum(end - first, 0).to(tl.float32)
-        share = tl.maximum(share, tl.sqrt(keys * WORTH).to(tl.int32))
+    keys = tl.maximum(end - first, 0).to(tl.float32)
+    share = tl.maximum(tl.cdiv(end - first, splits), tl.sqrt(keys * worth).to(tl.int32))
     share = tl.maximum(tl.cdiv(share, BLOCK_KEYS) * BLOCK_KEYS, LEAST)
     start = first + split * share
     return start, tl.minimum(start + share, end), end, tl.maximum(tl.cdiv(end - first, share), 1)
@@ -148,8 +146,8 @@ def _merged(partial, lse, row, alive, dim, parts, BLOCK_ROWS: tl.constexpr, BLOC
 
 @triton.jit
 def _finish(
-    acc, peak, total, out, partial, lse, turns, request, kv, dim, nodes, split, parts,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr,
+    acc, peak, total, out, partial, lse, turns, request, kv, dim, nodes, split, splits, parts,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr,
     MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Store finished rows: at once where one split has all keys, else by the last of those that have some.
@@ -159,15 +157,15 @@ def _finish(
     first, rows = tl.program_id(0) * BLOCK_ROWS, nodes * GROUP
     row = first + tl.arange(0, BLOCK_ROWS)
     out += request.to(tl.int64) * nodes * (KV_HEADS * GROUP * HEAD) + kv * (GROUP * HEAD)
-    if SPLITS == 1:
+    if turns is None:
         _put(acc, total, out, row, rows, dim, KV_HEADS, GROUP, HEAD)
     elif split < parts:
         if parts == 1:
             _put(acc, total, out, row, rows, dim, KV_HEADS, GROUP, HEAD)
         else:
             tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            lse += tile * (SPLITS * BLOCK_ROWS)
-            partial += tile.to(tl.int64) * (SPLITS * BLOCK_ROWS * BLOCK_HEAD)
+            lse += tile * (splits * BLOCK_ROWS)
+            partial += tile.to(tl.int64) * (splits * BLOCK_ROWS * BLOCK_HEAD)
             _leave(acc, peak, total, partial, lse, row < rows, dim, split, BLOCK_ROWS, BLOCK_HEAD)
             if _is_last(turns + tile, parts):
                 for start in range(0, tl.minimum(BLOCK_ROWS, rows - first), MERGED_ROWS):
@@ -189,20 +187,19 @@ def _sight(request, node, alive, nodes, ancestors, positions, window, WORDS: tl.
     return word, position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "worth"])
 def split_kernel(
     q, k, v, slots, lengths, ancestors, positions, tree_positions, out, partial, lse, turns,
-    nodes, offset, scale, softcap, window, q_request, q_node, q_head, kv_slot, kv_head, kv_row,
+    nodes, offset, scale, softcap, window, q_request, q_node, q_head, kv_slot, kv_head, kv_row, splits, worth,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WORDS: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, WORTH: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr,
+    LEAST: tl.constexpr, MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one request and KV head against one share of its keys; the last to finish merges.
 
     Grid (row tiles, requests * kv heads, splits). q [B, N, Hq, D] and k, v [slots, Hkv, S, D] by strides, the
-    same for k and v; out [B, N, Hq, D] dense. Of each tile, partial float32 [SPLITS, BLOCK_ROWS, BLOCK_HEAD], lse
-    float32 [SPLITS, BLOCK_ROWS] and turns int32, which is zero before and after; with one split they may be None, and
+    same for k and v; out [B, N, Hq, D] dense. Of each tile, partial float32 [splits, BLOCK_ROWS, BLOCK_HEAD], lse
+    float32 [splits, BLOCK_ROWS] and turns int32, which is zero before and after; with one split they may be None, and
     `ancestors`, `softcap` and `window` (with both positions) wherever they are not wanted: that drops their code.
     """
     wait_for_others()
@@ -220,7 +217,7 @@ def split_kernel(
     node_end = nodes
     if ancestors is None:
         node_end = tl.minimum(nodes, (tl.program_id(0) * BLOCK_ROWS + BLOCK_ROWS - 1) // GROUP + 1)
-    start, stop, end, parts = _span(length, node_end, position, offset, window, split, SPLITS, LEAST, WORTH,
+    start, stop, end, parts = _span(length, node_end, position, offset, window, split, splits, worth, LEAST,
                                     BLOCK_KEYS)  # fmt: skip
     inner = tl.minimum(stop, length // BLOCK_KEYS * BLOCK_KEYS)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_HEAD], tl.float32)
@@ -245,5 +242,5 @@ def split_kernel(
             of_key = _key_position(key, end, length, request, nodes, offset, ancestors, tree_positions)
             sees = sees & (position[:, None] - of_key[None, :] < window)
         acc, peak, total = _fold(query, keys, values, sees, acc, peak, total, scale, softcap, True)
-    _finish(acc, peak, total, out, partial, lse, turns, request, kv, dim, nodes, split, parts, KV_HEADS, GROUP,
-            HEAD, SPLITS, MERGED_ROWS, MERGED_PARTS, BLOCK_ROWS, BLOCK_HEAD)  # fmt: skip
+    _finish(acc, peak, total, out, partial, lse, turns, request, kv, dim, nodes, split, splits, parts, KV_HEADS,
+            GROUP, HEAD, MERGED_ROWS, MERGED_PARTS, BLOCK_ROWS, BLOCK_HEAD)  # fmt: skip

@@ -314,7 +314,7 @@ def test_what_fills_any_device_is_not_split(monkeypatch: pytest.MonkeyPatch) -> 
     run(case, make(case))
     monkeypatch.setattr(triton, "TILES", 1)
     run(case, make(case))
-    assert [(grid[2], constants["SPLITS"]) for grid, _, constants in recorder.launches] == [(3, 3), (1, 1)]
+    assert [(grid[2], given[11] is None) for grid, given, _ in recorder.launches] == [(3, False), (1, True)]
     missing, missing_after = (sum(x is None for x in given) for _, given, _ in recorder.launches)
     assert missing_after == missing + 3
 
