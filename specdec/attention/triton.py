@@ -20,6 +20,7 @@ from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
 from specdec.fused.available import launching, power
+from specdec.fused.keys import settle
 
 WORD = 64  # tree rows per ancestor word
 MAX_SPLITS = 64
@@ -250,6 +251,7 @@ def _kernels(device: str) -> Any:
         )  # fmt: skip
     from specdec.attention import triton_kernels
 
+    settle(triton_kernels)
     return triton_kernels
 
 

@@ -12,17 +12,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec.fused.available import overlaps
+from specdec.fused.available import overlaps, overlaps_further
 
 OVERLAPS = tl.constexpr(overlaps())
+FURTHER = tl.constexpr(overlaps_further())
 
 
 @triton.jit
 def wait_for_others():
-    """Wait until all kernels before this one are done and their writes are seen, and let the next one start."""
+    """Wait until all kernels before this one are done and their writes are seen, and let the next one start.
+
+    FURTHER: let it start first, so that it fetches what it needs two kernels ahead. It waits for this one, which waits
+    for those before, so that it sees what they wrote all the same.
+    """
     if OVERLAPS:
+        if FURTHER:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not FURTHER:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

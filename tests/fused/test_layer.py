@@ -204,8 +204,7 @@ CASES: dict[str, Callable[[], float]] = {
         576, 32, HALF, rows=3, norm=True, plus=True, cut=cuts.Cut(16, 128, 8)
     ),
 }
-NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count", "ahead",
-           "splits")  # fmt: skip
+NUMBERS = ("width", "y_row", "rows", "kv_slot", "kv_head", "kv_row", "inputs", "outputs", "count", "splits")
 
 
 def main() -> None:
@@ -228,6 +227,7 @@ def compiled(
         "partial": "*fp32",
         "turns": "*i32",
     }
+    kinds |= {"ahead": "i32"} if "tiles" in kernel.arg_names else {}  # elsewhere it is a matrix
     for name, size in (("x_tiles", "BLOCK_ROWS"), ("tiles", "BLOCK_OUT")):
         if size in constants:
             kinds[name] = f"tensordesc<bf16[{constants[size]}, {constants['BLOCK_IN']}]>"
