@@ -33,12 +33,16 @@ from specdec.cache import KVCache
 from specdec.drafting.protocol import Shape
 from specdec.engine.build import DEFAULT_TREE, Options
 from specdec.engine.graphs import CudaRecording, graphed
+from specdec.fused.cuts import ROWS, Kind, candidates
+from specdec.fused.trial import Trial
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.target.lean import LeanConfig
 from specdec.target.load import load_target
 
 FEWER = ("--batches", "1", "--nodes", "1", "4", "8", "16", "32", "64")  # of the steps
+TOUCHED = (products.Product("135m", "qkv", 576, 960, norm=True), products.Product("8b", "down", 14336, 4096, plus=True),
+           products.Product("1.5b", "gate_up", 1536, 8960, norm=True, paired=True))  # fmt: skip
 TINY = replace(steps.EIGHT_B, vocab=97, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, head_dim=8,
                max_length=512, windows=(None,) * 2)  # fmt: skip
 
@@ -245,7 +249,7 @@ def _profiled(work: Callable[[], object], setting: Setting) -> dict[str, Any]:
 
 
 def run_touch(setting: Setting) -> None:
-    """What the memory checker watches: every kind of launch of the tree attention, small."""
+    """What the memory checker watches: every kind of launch of the tree attention, small, and products."""
     points = [Point("135m", 70, 2, 5), Point("135m", 1, 1, 1)]
     points += [] if setting.smoke else [Point("8b", 513, 3, 64), Point("1.5b", 64, 1, 33)]
     for point in points:
@@ -254,6 +258,20 @@ def run_touch(setting: Setting) -> None:
             out = kernels.through(attention, problem)(0)
             error = kernels.relative_error(problem, out)
             note("touch", {**asdict(point), "backend": attention.name, "relative_error": error})
+    for product, rows in itertools.product(TOUCHED, () if setting.smoke else ROWS):
+        _touch_product(product, rows, setting)
+
+
+@torch.inference_mode()
+def _touch_product(product: products.Product, rows: int, setting: Setting) -> None:
+    """Every cut that a start-up tries, of a matrix that others stand behind."""
+    kind = Kind(product.inputs, product.outputs, setting.dtype, setting.place, product.norm, product.paired,
+                product.plus, rows)  # fmt: skip
+    trial = Trial.of(kind)
+    wanted = trial.theirs(0).double()
+    for cut in candidates(kind):
+        error = float((trial.ours(0, cut).double() - wanted).norm() / wanted.norm())
+        note("touch", {**asdict(product), "rows": rows, "cut": tuple(cut), "relative_error": error})
 
 
 def _backends(setting: Setting) -> Iterator[TreeAttention]:
