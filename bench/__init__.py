@@ -8,6 +8,7 @@
     python -m bench.conformance an exported head in vLLM, counter by counter                 (chain, tiny_pair,
                                                                                              conformance_vllm)
     python -m bench.gpu         all that a GPU must show, in one go: runs and judges the rest (stages, bars, warm)
+    python -m bench.abroad      compile here for a GPU elsewhere
     python -m bench.kernels     tree attention                                               (ceilings)
     python -m bench.products    a layer's matrix products
     python -m bench.steps       forwards, drafting and whole rounds                          (whole_round)

@@ -8,6 +8,8 @@ imported as it is), and a model's GGUF, whole or in pieces:
 
     split -b 45M SmolLM2-135M-Instruct.Q4_1.gguf carry/smollm2.gguf.       # two calls carry one piece each
     PYTHONPATH=carry/gguf.whl python3 -m bench.gpu --out "$OUT" --gguf carry/smollm2.gguf.*
+
+Kernels may be carried, too, instead of being compiled there for minutes: see `bench.abroad`.
 """
 
 from __future__ import annotations
