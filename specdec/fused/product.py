@@ -43,38 +43,22 @@ def product(
     y = x.new_empty(*x.shape[:-1], outputs)
     blocks = -(-outputs // cut.out)
     assert cut.splits == 1 or (blocks <= BLOCKS and outputs % cut.out == 0), "not a cut for this product"
-    given = (x.contiguous(), weight, bias, None if plus is None else plus.contiguous(), factor, y)
     sizes = {
-        "PAIRED": paired,
-        "BLOCK_OUT": cut.out,
-        "BLOCK_IN": cut.into,
-        "num_warps": cut.warps,
-    } | launching()
+        "PAIRED": paired, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.into, "num_warps": cut.warps, **launching(),
+    }  # fmt: skip
+    if rows > 1 and factor is not None and norm_first(x.dtype, rows, weight.nbytes, cut):
+        x, factor = norm(x, factor, eps), None
+    given = (x.contiguous(), weight, bias, None if plus is None else plus.contiguous(), factor, y)
     if rows == 1:
         kernels.row_kernel[(blocks,)](*given, inputs, outputs, eps, WHOLE=cut.into >= inputs, **sizes)
         return y
     sizes["BLOCK_ROWS"] = max(16, enough(rows))
-    if factor is not None and norm_first(x.dtype, rows, weight.nbytes, cut):
-        given = (norm(x, factor, eps).contiguous(), *given[1:4], None, y)
     if cut.stages:
-        left: tuple[Tensor | None, ...] = (None, None)
-        if cut.splits > 1:
-            room = (cut.splits, sizes["BLOCK_ROWS"], lines)
-            left = (torch.empty(room, dtype=torch.float32, device=x.device), _turns(x.device))
+        left = _left(weight, sizes["BLOCK_ROWS"], cut)
         tiles = _tiles(given[0].view(rows, inputs), weight, sizes["BLOCK_ROWS"], cut)
         kernels.rows_kernel[blocks, cut.splits](
-            *given,
-            *left,
-            *tiles,
-            rows,
-            inputs,
-            outputs,
-            cut.ahead,
-            cut.splits,
-            eps,
-            STAGES=cut.stages,
-            **sizes,
-        )
+            *given, *left, *tiles, rows, inputs, outputs, cut.ahead, cut.splits, eps, STAGES=cut.stages, **sizes,
+        )  # fmt: skip
     else:
         kernels.whole_rows_kernel[(blocks,)](
             *given, rows, inputs, outputs, eps, PARTS=parts_of(inputs, cut.into), **sizes
@@ -87,6 +71,14 @@ def norm_first(dtype: torch.dtype, rows: int, nbytes: int, cut: Cut) -> bool:
     fit the registers, and large matrices are read at full speed only where x goes to the tensor cores as it is."""
     alone = rows > BESIDE or cut.splits > 1 or cut.tma or nbytes > SMALL
     return dtype == torch.float16 or bool(cut.stages and alone)
+
+
+def _left(weight: Tensor, rows: int, cut: Cut) -> tuple[Tensor | None, Tensor | None]:
+    """Where programs that share their inputs leave their sums, and count; nothing where none do."""
+    if cut.splits == 1:
+        return None, None
+    room = (cut.splits, rows, weight.shape[0])
+    return torch.empty(room, dtype=torch.float32, device=weight.device), _turns(weight.device)
 
 
 def _tiles(x: Tensor, weight: Tensor, rows: int, cut: Cut) -> tuple[Any, Any]:
