@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def summary(console: Console, values: Value) -> None:
     """Findings and claims on the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     from specdec.surplus.page import findings, show
@@ -35,8 +36,8 @@ def summary(console: Console, values: Value) -> None:
         verdict = claim["verdict"] + (" *" if claim["impressive"] else "")
         style = colours.get(claim["verdict"], "dim")
         table.add_row(
-            claim["name"], show(claim["number"]).replace("[", r"\["), claim["threshold"],
-            f"[{style}]{verdict}[/{style}]", claim["note"].replace("[", r"\["),
+            claim["name"], escape(show(claim["number"])), claim["threshold"],
+            f"[{style}]{verdict}[/{style}]", escape(claim["note"]),
         )  # fmt: skip
     console.print(table)
 
@@ -48,6 +49,7 @@ def _screen() -> Screen:
 
 def compare(left: Path, right: Path) -> int:
     """Two reports side by side, on standard output."""
+    from rich.markup import escape
     from rich.table import Table
 
     from specdec.surplus.page import show
@@ -61,9 +63,7 @@ def compare(left: Path, right: Path) -> int:
         table.add_column(name, overflow="fold")
     for name, ours, theirs, word in changes(a, b):
         row = (name, show(ours), show(theirs))
-        table.add_row(
-            *(cell.replace("[", r"\[") for cell in row), word, style="bold" if word == "apart" else ""
-        )
+        table.add_row(*map(escape, row), word, style="bold" if word == "apart" else "")
     console.print(table)
     return 0
 
