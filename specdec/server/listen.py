@@ -7,6 +7,7 @@ connection forever.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
@@ -68,8 +69,16 @@ class DrainingServer(uvicorn.Server):
 
         uvicorn's own would raise the signal again after a clean end, which is none then.
         """
+        if not self.state.draining:
+            logging.getLogger("uvicorn.error").addFilter(_is_news)
         self.force_exit = self.state.draining
         self.state.draining = self.should_exit = True
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that what was cut off at the end was cancelled: uvicorn would print a traceback for each answer."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and "CancelledError" not in record.getMessage()
 
 
 def make_server(state: ServerState, host: str, port: int, *, log_level: str = "warning") -> DrainingServer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 import threading
 import time
@@ -146,6 +147,24 @@ def test_sigterm_lets_requests_that_are_being_read_finish(decoder: SpecDecoder) 
         live.server.handle_exit(15, None)
         gate.set()
         assert read.result().status_code == 200
+
+
+def test_a_second_signal_ends_at_once_and_tells_no_traceback(
+    decoder: SpecDecoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(slots=1, trouble=Trouble(delay=0.05))
+    with running(decoder, setup) as live, ThreadPoolExecutor(1) as pool:
+        cut = pool.submit(complete, live, PROMPT, 240, ignore_eos=True)
+        assert until(lambda: live.state.inside == 1)
+        logger = logging.getLogger("uvicorn.error")
+        monkeypatch.setattr(logger, "handlers", [caplog.handler])
+        monkeypatch.setattr(logger, "filters", [])
+        live.server.handle_exit(15, None)
+        live.server.handle_exit(15, None)
+        assert until(lambda: not live.thread.is_alive(), 8)
+        with contextlib.suppress(httpx.HTTPError):
+            assert cut.result(5).status_code >= 500
+    assert "CancelledError" not in caplog.text and not any(record.exc_info for record in caplog.records)
 
 
 def test_too_slow_a_drain_is_cut(decoder: SpecDecoder) -> None:
