@@ -9,7 +9,8 @@ imported as it is), and a model's GGUF, whole or in pieces:
     split -b 45M SmolLM2-135M-Instruct.Q4_1.gguf carry/smollm2.gguf.       # two calls carry one piece each
     PYTHONPATH=carry/gguf.whl python3 -m bench.gpu --out "$OUT" --gguf carry/smollm2.gguf.*
 
-Kernels may be carried, too, instead of being compiled there for minutes: see `bench.abroad`.
+Kernels may be carried, too, instead of being compiled there for minutes: see `bench.abroad`. While the pieces are not
+all there, `--target random-135m` measures what needs no weights.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rich.console import Console
 
 from bench import bars, stages
 from bench.record import FOLDER_VARIABLE, append
+from bench.steps import SHAPES
 from specdec.errors import SpecdecError, UnsupportedError
 from specdec.target.embedded import NAME, SHA256
 from specdec.target.files import resolve
@@ -45,6 +47,7 @@ PLAN = (
 )  # fmt: skip
 """Stages in the order of what matters most, with the seconds each may take."""
 
+REAL = ("greedy", "speed", "sweep")  # stages that want a model's own weights
 SLOW = 10  # how much longer a stage may take in tiny on a busy CPU
 AGAIN = 5.0  # seconds between the alarms of a stage that is late
 SANITIZER = "compute-sanitizer"
@@ -104,7 +107,7 @@ def command(run: Run, stage: str) -> list[str] | None:
 def perform(run: Run, stage: str, seconds: float) -> str:
     """Run one stage; returns "done", "absent" or what went wrong."""
     words = command(run, stage)
-    if words is None:
+    if words is None or (stage in REAL and run.target in SHAPES):
         return "absent"
     if run.together and stage in stages.STAGES:
         return _here(run, stage, seconds)
@@ -229,7 +232,8 @@ def _prepare(args: argparse.Namespace, folder: Path) -> Run:
     deadline = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     target = _model(args.gguf, folder) if args.gguf else args.target
-    resolve(target)  # converts once, before anything is timed
+    if target not in SHAPES:
+        resolve(target)  # converts once, before anything is timed
     also = [_model(given.split(","), folder) for given in args.also]
     return Run(args.out.resolve(), target, args.head, tuple(also), args.smoke, deadline, args.together)
 

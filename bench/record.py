@@ -24,6 +24,7 @@ from specdec.native.linear import told
 
 RESULTS = Path(__file__).parent / "results"
 FOLDER_VARIABLE = "SPECDEC_RESULTS"
+SWITCHES = ("SPECDEC_FUSED", "SPECDEC_OVERLAP", "SPECDEC_NATIVE")
 PACKAGES = (
     "specdec",
     "torch",
@@ -45,8 +46,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": _machine(),
         "threads": torch.get_num_threads(),
+        **_switches(),
         "argv": [Path(sys.argv[0]).name, *map(_shown, sys.argv[1:])],
     }
+
+
+def _switches() -> dict[str, Any]:
+    """Of SPECDEC_ variables those that choose kernels, where they are set."""
+    found = {name: os.environ[name] for name in SWITCHES if name in os.environ}
+    return {"switches": found} if found else {}
 
 
 def _shown(argument: str) -> str:

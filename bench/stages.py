@@ -38,7 +38,6 @@ from specdec.fused.trial import Trial
 from specdec.generate import SpecDecoder
 from specdec.sampling import Sampling
 from specdec.target.lean import LeanConfig
-from specdec.target.load import load_target
 
 FEWER = ("--batches", "1", "--nodes", "1", "4", "8", "16", "32", "64")  # of the steps
 TOUCHED = (products.Product("135m", "qkv", 576, 960, norm=True), products.Product("8b", "down", 14336, 4096, plus=True),
@@ -210,7 +209,7 @@ def run_greedy(setting: Setting) -> None:
 
 def run_profile(setting: Setting) -> None:
     """Kernels a layer takes in a plain and in a captured step of one and of many nodes, and those of drafting."""
-    real = load_target(setting.target, dtype=torch.bfloat16, device=setting.device, prefer="lean").target
+    real = steps.any_target(setting.target, setting.place, torch.bfloat16)
     random = steps.random_target(setting.shape, setting.place, setting.dtype)
     for target, nodes in itertools.product((real, random), (1, 4 if setting.smoke else 60)):
         captured = graphed(target)[0] if setting.device == "cuda" else target

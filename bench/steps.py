@@ -75,6 +75,15 @@ def random_target(
     return LeanTarget(decoder, info, choice)
 
 
+def any_target(name: str, device: torch.device, dtype: torch.dtype) -> LeanTarget:
+    """A model by its name, or one of `SHAPES` with random weights."""
+    if name in SHAPES:
+        return random_target(SHAPES[name], device, dtype, name)
+    target = load_target(name, dtype=dtype, device=device, prefer="lean").target
+    assert isinstance(target, LeanTarget)
+    return target
+
+
 def _count(decoder: LeanDecoder) -> None:
     """Let the likeliest token after t be t + 1, by far: random weights alone leave so many near ties that two ways to
     add up in bfloat16 soon say different things, and a known text is worth nothing."""
@@ -232,9 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bandwidth = ceiling.bytes
         append("steps", [{"kind": "ceiling", **asdict(ceiling)}])
     for name in args.targets:
-        target = (random_target(SHAPES[name], device, torch.bfloat16, name) if name in SHAPES
-                  else load_target(name, dtype=torch.bfloat16, device=device, prefer="lean").target)  # fmt: skip
-        assert isinstance(target, LeanTarget)
+        target = any_target(name, device, torch.bfloat16)
         for row in measure(target, args, bandwidth):
             rows.append(row)
             append("steps", [row])

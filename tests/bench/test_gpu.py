@@ -117,6 +117,16 @@ def test_stages_run_as_commands(tmp_path: Path) -> None:
     assert {verdict for _, verdict, _ in verdicts} == {"unmeasured"}
 
 
+def test_random_weights_serve_what_needs_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_OVERLAP", "2")
+    run = ["--smoke", "--out", str(tmp_path), "--stages", "ceilings", "speed", "--target", "random-135m"]
+    assert gpu.main(run) == 0
+    rows = gpu.read(tmp_path)["gpu"]
+    assert {row["stage"]: row["status"] for row in rows if row["kind"] == "stage"} == {"ceilings": "done",
+                                                                                      "speed": "absent"}  # fmt: skip
+    assert all(row["switches"]["SPECDEC_OVERLAP"] == "2" for row in rows)
+
+
 def test_without_cuda_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
