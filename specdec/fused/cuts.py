@@ -18,7 +18,7 @@ ROWS = (1, 16, 32, 64)  # numbers of rows that kernels are cut for
 SHORT = 1024  # inputs that one step takes whole
 SMALL = 2**24  # bytes of a matrix that costs more in launching and waiting than in reading
 PART = 128  # inputs of one of the products that make up a step of all inputs
-HELD = 2**16  # numbers that eight warps hold in registers; numbers of the rows that shared memory holds
+HELD = 2**16  # numbers that eight warps hold in registers
 SPLITS, STEPS = 8, 6  # of the inputs at most; of one program at least
 GROUP = 64  # lines of a matrix that a warp group multiplies at once
 UNDER_WAY = 9  # steps that shared memory holds
@@ -119,11 +119,16 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.outputs % wide:
         return []
     cuts = [Cut(wide, 128, 4 if wide == 32 or kind.rows == 64 else 2, 4)]
+    if (
+        kind.norm and kind.rows == 64
+    ):  # warps enough to hold the squares, so that the norm is no launch of its own
+        cuts.append(Cut(wide, 128, 8, 4))
     room = PART * parts_of(kind.inputs, PART)
     held = (kind.rows + 16 * halves) * room
     if not (kind.norm or kind.paired or kind.outputs % GROUP):
         cuts.append(_all_under_way(kind))
-    if kind.rows * room <= HELD and held <= 3 * HELD // 2:  # beyond, sixteen warps spill
+    # of 64 rows one step took three to five times as long as several; beyond so much, sixteen warps spill
+    if kind.rows == 16 and held <= 3 * HELD // 2:
         cuts.append(Cut(16, PART, 8 if held <= HELD else 16))
     return cuts
 

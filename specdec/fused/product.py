@@ -15,7 +15,8 @@ from specdec.fused.available import launching
 from specdec.fused.cuts import SMALL, Cut, enough, parts_of
 from specdec.fused.layer import norm
 
-BESIDE = 32  # rows whose squares fit the registers beside their products; of more, the norm comes first
+BESIDE = 32  # squares that fit a thread's registers beside its products; of more, the norm comes first
+FEW = 32  # rows whose squares fit however few warps share them
 BLOCKS = 1024  # of outputs, at most, where inputs are split
 
 
@@ -69,7 +70,8 @@ def product(
 def norm_first(dtype: torch.dtype, rows: int, nbytes: int, cut: Cut) -> bool:
     """Must a norm be a launch of its own? Float16 cannot hold what it has yet to scale down, many rows' squares do not
     fit the registers, and large matrices are read at full speed only where x goes to the tensor cores as it is."""
-    alone = rows > BESIDE or cut.splits > 1 or cut.tma or nbytes > SMALL
+    squares = enough(rows) * cut.into // (32 * cut.warps)
+    alone = (rows > FEW and squares > BESIDE) or cut.splits > 1 or cut.tma or nbytes > SMALL
     return dtype == torch.float16 or bool(cut.stages and alone)
 
 
