@@ -20,7 +20,11 @@ def settle_all() -> None:
 
 
 def settle(module: ModuleType) -> None:
-    """Make the keys of a module's kernels, called functions first: they stand below those that call them."""
+    """Make the keys of a module's kernels, after those of what every module calls: whether these had theirs before must
+    not matter."""
+    shared = import_module(f"specdec.fused.{MODULES[0]}_kernels")
+    if module is not shared:
+        settle(shared)
     for one in reversed(list(vars(module).values())):
         if getattr(one, "__module__", "") == module.__name__ and hasattr(one, "cache_key"):
             _ = one.cache_key  # made when it is first asked for

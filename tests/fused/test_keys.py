@@ -18,10 +18,14 @@ from specdec.fused import keys
 import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda: (9, 0)
-order = json.loads(sys.argv[1])
+order, attention_first = json.loads(sys.argv[1]), sys.argv[2] == "True"
+attention = importlib.import_module("specdec.attention.triton_kernels")
+if attention_first:
+    keys.settle(attention)
 kernels = [getattr(importlib.import_module(f"specdec.fused.{module}_kernels"), name) for module, name in order]
 keys.settle_all()
-kernels = {kernel.__name__: kernel.cache_key for kernel in kernels}
+keys.settle(attention)
+kernels = {kernel.__name__: kernel.cache_key for kernel in [*kernels, attention.split_kernel]}
 print(json.dumps(kernels))
 """
 READ = [("product", "rows_kernel"), ("growth", "rerank_kernel"), ("largest", "largest_kernel"),
@@ -32,8 +36,8 @@ def test_keys_do_not_depend_on_the_order_of_launches() -> None:
     """Triton 3.9 sees to that itself; before, this fails without `settle_all`."""
     pytest.importorskip("triton")
     told = []
-    for order in (READ, READ[::-1]):
-        run = [sys.executable, "-c", FIRST, json.dumps(order)]
+    for order, attention_first in ((READ, False), (READ[::-1], True)):
+        run = [sys.executable, "-c", FIRST, json.dumps(order), str(attention_first)]
         told.append(json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout))
     assert told[0] == told[1]
 
