@@ -71,7 +71,7 @@ def row_kernel(
     _put(made, _more(plus, out, there), y, out, there)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def rows_kernel(
     x, weight, bias, plus, factor, y, partial, turns, x_tiles, tiles, rows, inputs, outputs, ahead, splits, eps,
     PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -196,7 +196,7 @@ def _finish(acc, beside, bias, plus, y, row, out, kept, outputs, PAIRED: tl.cons
     _put(made, _more(plus, spot, kept), y, spot, kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def whole_rows_kernel(
     x, weight, bias, plus, factor, y, rows, inputs, outputs, eps,
     PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,

@@ -56,3 +56,28 @@ def test_what_an_engine_launches_is_counted() -> None:
         "settle",
     ):  # of layers, of drafting, of a round's end
         assert f"{part}_kernel" in kinds
+
+
+ROWS = """
+import torch
+from bench import abroad
+from specdec.fused import cuts
+from specdec.fused.product import product
+kernels = abroad.Kernels(compiled=False)
+with abroad.abroad(kernels):
+    x, weight = (torch.empty(size, 576, dtype=torch.bfloat16, device="meta") for size in (64, 960))
+    kind = cuts.Kind(576, 960, x.dtype, x.device, False, False, False, 16)
+    for cut in cuts.candidates(kind):
+        product(x[:16], weight, None, cut)
+    tried = len(kernels.names)
+    for cut in cuts.candidates(kind):
+        for rows in (2, 5, 12):
+            product(x[:rows], weight, None, cut)
+assert len(kernels.names) == tried >= 3 and not kernels.failed, (tried, kernels.names, kernels.failed)
+"""
+
+
+def test_what_a_trial_compiles_serves_every_number_of_rows() -> None:
+    pytest.importorskip("triton")
+    told = subprocess.run([sys.executable, "-c", ROWS], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
