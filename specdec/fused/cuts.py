@@ -111,7 +111,8 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.dtype.itemsize != 2 or kind.inputs % 8 or kind.lines * kind.inputs >= 2**31:
         return []
     if kind.nbytes > SMALL:
-        cuts = [_filling(kind, tile, halves) for tile in LARGE]
+        copies = _copies(kind.device)
+        cuts = [_filling(kind, tile, halves) for tile in LARGE if copies or not tile.tma]
         cuts += [cut._replace(ahead=_lull(kind, cut)) for cut in cuts]
         return [cut for cut in dict.fromkeys(cuts)
                 if kind.outputs % cut.out == 0 and (cut.out >= GROUP or not cut.tma)]  # fmt: skip
@@ -125,7 +126,7 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
         cuts.append(Cut(wide, 128, 8, 4))
     room = PART * parts_of(kind.inputs, PART)
     held = (kind.rows + 16 * halves) * room
-    if not (kind.norm or kind.paired or kind.outputs % GROUP):
+    if not (kind.norm or kind.paired or kind.outputs % GROUP) and _copies(kind.device):
         cuts.append(_all_under_way(kind))
     # of 64 rows one step took three to five times as long as several; beyond so much, sixteen warps spill
     if kind.rows == 16 and held <= 3 * HELD // 2:
@@ -157,6 +158,14 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _copies(device: torch.device) -> bool:
+    """Has the device a copy engine for tiles? Before sm_90 Triton lets threads fetch them, one step after another."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def parts_of(inputs: int, into: int) -> int:

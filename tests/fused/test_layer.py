@@ -335,6 +335,22 @@ def test_a_cut_that_is_wrong_or_does_not_launch_is_not_tried(
     assert trial._right(trial.Trial.of(kind), WHOLE) == (fault is None)
 
 
+@pytest.mark.parametrize("sizes", [(576, 576), (4096, 4096)])
+def test_only_devices_with_a_copy_engine_try_it(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before sm_90 a trial would compile kernels that threads feed one step after another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 + device.index, 0))
+    monkeypatch.setattr(cuts, "_processors", lambda _: 132)
+    cuts._copies.cache_clear()
+    for index in range(3):
+        kind = cuts.Kind(*sizes, torch.bfloat16, torch.device("cuda", index), False, False, True, 16)
+        assert any(cut.tma for cut in cuts.candidates(kind)) == (index > 0)
+        assert not all(cut.tma for cut in cuts.candidates(kind))
+    cuts._copies.cache_clear()
+
+
 def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
     with torch.no_grad():
         assert not layer.can_norm(draw(2, 64), 64)
