@@ -30,6 +30,8 @@ def cut_for(x: Tensor, weight: Tensor, *, norm: bool, paired: bool, plus: bool) 
     """How to cut this product, if it is one for the kernels: few rows, where a trial found them faster."""
     if not applies(x) or x.dtype != weight.dtype or x.numel() > ROWS[-1] * x.shape[-1]:
         return None
+    if weight.data_ptr() % 16 or not weight.is_contiguous():
+        return None  # a trial's matrices are not so: what is fetched ahead has to begin at whole 16 bytes
     outputs = weight.shape[0] // (2 if paired else 1)
     kind = Kind(
         weight.shape[1], outputs, x.dtype, x.device, norm, paired, plus, enough(x.numel() // x.shape[-1])

@@ -351,6 +351,17 @@ def test_only_devices_with_a_copy_engine_try_it(
     cuts._copies.cache_clear()
 
 
+def test_a_cut_is_for_matrices_as_they_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a trial found of dense, aligned ones must not be launched over others."""
+    monkeypatch.setattr(trial, "applies", lambda _: True)
+    x, whole = torch.empty(5, 64), torch.empty(64 * 64 + 1)
+    kind = cuts.Kind(64, 64, x.dtype, x.device, False, False, False, 16)
+    monkeypatch.setattr(trial, "_cuts", {kind: TILE})
+    found = [trial.cut_for(x, weight, norm=False, paired=False, plus=False)
+             for weight in (whole[:-1].view(64, 64), whole[1:].view(64, 64), whole[:-1].view(64, 64).T)]  # fmt: skip
+    assert found == [TILE, None, None]
+
+
 def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
     with torch.no_grad():
         assert not layer.can_norm(draw(2, 64), 64)
