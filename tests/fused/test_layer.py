@@ -362,6 +362,35 @@ def test_a_cut_is_for_matrices_as_they_were_tried(monkeypatch: pytest.MonkeyPatc
     assert found == [TILE, None, None]
 
 
+def test_the_copy_engine_is_told_of_rows_and_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is to fetch, and can: of what does not begin at whole 16 bytes, threads fetch."""
+    pytest.importorskip("triton")
+    from specdec.fused import product_kernels
+
+    given: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **constants: given.append(arguments)
+
+    monkeypatch.setattr(product_kernels, "rows_kernel", Kernel())
+    x, whole = draw(5, 64), draw(64 * 64 + 1)
+    for weight, cut in ((whole[:-1], TILES), (whole[1:], TILES), (whole[:-1], TILE)):
+        product.product(x, weight.view(64, 64), None, cut)
+    x_tiles, tiles = given[0][8:10]
+    assert (x_tiles.base.data_ptr(), list(x_tiles.shape), x_tiles.block_shape) == (
+        x.data_ptr(),
+        [5, 64],
+        [16, 64],
+    )
+    assert (tiles.base.data_ptr(), list(tiles.shape), tiles.block_shape) == (
+        whole.data_ptr(),
+        [64, 64],
+        [64, 64],
+    )
+    assert given[1][8:10] == given[2][8:10] == (None, None)
+
+
 def test_nothing_but_cuda_tensors_without_gradients_take_them() -> None:
     with torch.no_grad():
         assert not layer.can_norm(draw(2, 64), 64)
