@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SWITCH = "SPECDEC_FUSED"  # "0" leaves the kernels out
-OVERLAP = "SPECDEC_OVERLAP"  # "0" lets no kernel start before the last is done, "2" lets two
+OVERLAP = "SPECDEC_OVERLAP"  # "0" lets no kernel start before the last is done, "2" lets more than one
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

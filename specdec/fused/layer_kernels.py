@@ -93,7 +93,7 @@ def place_kernel(
         if tl.program_id(1) >= BLOCKS:
             share = tl.cdiv(tl.cdiv(count, FETCHERS), 8) * 8
             start = (tl.program_id(1) - BLOCKS).to(tl.int64) * share
-            fetch_ahead(ahead + start, tl.minimum(count - start, share).to(tl.int32), 64)
+            fetch_ahead(ahead + start, 0, tl.minimum(count - start, share).to(tl.int32), 1)
     wait_for_others()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

@@ -34,33 +34,24 @@ def wait_for_others():
 
 
 @triton.jit
-def fetch_ahead(pointer, count, LANES: tl.constexpr):
-    """Bring `count` elements from `pointer` on into the L2 cache, in bulk; nobody waits for them.
+def fetch_ahead(pointer, step, count, LINES: tl.constexpr):
+    """Bring `count` elements of each of LINES lines, `step` apart from `pointer` on, into the L2 cache, in bulk; nobody
+    waits for them. Shared by all threads, so that none asks for what another does.
 
-    Both `pointer` and the bytes asked for are multiples of 16. LANES: threads that share the asking.
+    The pointer, and `step` and `count` in bytes, are multiples of 16.
     """
     if OVERLAPS:
         width: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
-        share = tl.cdiv(count * width, LANES * 16) * 16
-        at = tl.arange(0, LANES) * share
-        size = tl.minimum(count * width - at, share)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
-            " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r", [pointer.to(tl.uint64, bitcast=True) + at.to(tl.uint64), size], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def fetch_lines_ahead(pointers, count):
-    """Bring `count` elements from each of the pointers on into the L2 cache; as `fetch_ahead`."""
-    if OVERLAPS:
-        size = tl.full(pointers.shape, 0, tl.int32) + count * (
-            pointers.dtype.element_ty.primitive_bitwidth // 8
+        SHARES: tl.constexpr = (tl.extra.cuda.num_threads() + LINES - 1) // LINES
+        at = tl.arange(0, LINES * SHARES)
+        share = tl.cdiv(count * width, SHARES * 16) * 16
+        begin = at % SHARES * share
+        size = tl.minimum(count * width - begin, share)
+        spot = pointer.to(tl.uint64, bitcast=True) + ((at // SHARES).to(tl.int64) * step * width + begin).to(
+            tl.uint64
         )
         tl.inline_asm_elementwise(
             "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
             " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r", [pointers.to(tl.uint64, bitcast=True), size], dtype=tl.int32, is_pure=False, pack=1,
+            "=r,l,r", [spot, size], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip

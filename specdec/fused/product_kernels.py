@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from specdec.fused.layer_kernels import activated
-from specdec.fused.overlap_kernels import fetch_ahead, fetch_lines_ahead, wait_for_others
+from specdec.fused.overlap_kernels import fetch_ahead, wait_for_others
 
 AHEAD = tl.constexpr(2**15)  # elements of a matrix that one program fetches ahead whole
 
@@ -169,11 +169,11 @@ def _sums_of_tiles(
 @triton.jit
 def _fetch_block(weight, first, inputs, begin, end, ahead, BLOCK_OUT: tl.constexpr):
     """Bring lines of the matrix from `first` on into the L2 cache: all of short ones, else how a share begins."""
+    block = weight + first.to(tl.int64) * inputs
     if BLOCK_OUT * inputs <= AHEAD:
-        fetch_ahead(weight + first.to(tl.int64) * inputs, BLOCK_OUT * inputs, 64)
+        fetch_ahead(block, 0, BLOCK_OUT * inputs, 1)
     else:
-        line = first + tl.arange(0, BLOCK_OUT)
-        fetch_lines_ahead(weight + line.to(tl.int64) * inputs + begin, tl.minimum(end - begin, ahead))
+        fetch_ahead(block + begin, inputs, tl.minimum(end - begin, ahead), BLOCK_OUT)
 
 
 @triton.jit
