@@ -120,9 +120,8 @@ def _tiles(kind: Kind, halves: int) -> list[Cut]:
     if kind.outputs % wide:
         return []
     cuts = [Cut(wide, 128, 4 if wide == 32 or kind.rows == 64 else 2, 4)]
-    if (
-        kind.norm and kind.rows == 64
-    ):  # warps enough to hold the squares, so that the norm is no launch of its own
+    # warps enough to hold the squares, so that the norm is no launch of its own
+    if kind.norm and kind.rows == 64:
         cuts.append(Cut(wide, 128, 8, 4))
     room = PART * parts_of(kind.inputs, PART)
     held = (kind.rows + 16 * halves) * room

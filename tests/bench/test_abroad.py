@@ -47,14 +47,8 @@ def test_what_an_engine_launches_is_counted() -> None:
     assert told.returncode == 0 and not told.stderr, told.stderr
     kinds = {line.split()[1]: int(line.split()[0]) for line in told.stdout.splitlines()[:-1]}
     assert kinds["split_kernel"] > 5 and kinds["rows_kernel"] > 5 and kinds["row_kernel"] >= 5
-    for part in (
-        "norm",
-        "place",
-        "level",
-        "rerank",
-        "keep",
-        "settle",
-    ):  # of layers, of drafting, of a round's end
+    # of layers, of drafting, of a round's end
+    for part in ("norm", "place", "level", "rerank", "keep", "settle"):
         assert f"{part}_kernel" in kinds
 
 
