@@ -43,9 +43,7 @@ from specdec.head.checkpoint import load_head
 from specdec.head.model import DraftHead
 from specdec.head.pretrained import shipped_head
 from specdec.layers import linear
-from specdec.target.lean import LeanDecoder
 from specdec.target.load import LeanTarget
-from specdec.target.protocol import TargetInfo
 
 CACHE = Path("/tmp/specdec-kernels")  # at both ends: Triton notes whole paths
 NOWHERE = torch.device("meta")
@@ -105,7 +103,7 @@ def abroad(kernels: Kernels) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     run, make = JITFunction.run, JITFunction._do_compile
-    applies = available.applies
+    applies, own = available.applies, attention._kernels
     with contextlib.ExitStack() as stack:
         for target, name, stand_in in (
             (driver, "_active", Driver()),
@@ -113,10 +111,11 @@ def abroad(kernels: Kernels) -> Iterator[None]:
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (available, "runs", lambda _: True),
             (attention, "_multiprocessors", lambda _: PROCESSORS),
-            (attention, "_kernels", lambda _: _settled()),
+            (attention, "_kernels", lambda _: own("cuda")),
             (layer, "_cache_bytes", lambda _: CACHE_BYTES),
             (trial.Trial, "of", staticmethod(_trial)),
             (linear, "cut_for", _try_all),
+            (steps, "choose_attention", lambda *_: Choice(attention.TritonAttention())),
             (JITFunction, "run", lambda kernel, *a, **n: kernels.launch(run, kernel, *a, **n)),
             (JITFunction, "_do_compile", lambda kernel, key, *a: kernels.make(make, kernel, key, *a)),
         ):
@@ -129,13 +128,6 @@ def abroad(kernels: Kernels) -> Iterator[None]:
         keys.settle_all()
         with torch.inference_mode():
             yield
-
-
-def _settled() -> Any:
-    from specdec.attention import triton_kernels
-
-    keys.settle(triton_kernels)
-    return triton_kernels
 
 
 def _trial(kind: cuts.Kind, _weight: Tensor | None = None) -> trial.Trial:
@@ -164,19 +156,6 @@ def _try(kind: cuts.Kind) -> None:
         one.ours(0, cut)
 
 
-def target_of(name: str, dtype: torch.dtype) -> LeanTarget:
-    """A target of this shape that holds nothing."""
-    config, choice = steps.SHAPES[name], Choice(attention.TritonAttention())
-    with NOWHERE:
-        decoder = LeanDecoder(config, choice.attention).to(dtype)
-    if config.tied:
-        decoder.head.weight = decoder.embedding
-    decoder.freeze()
-    info = TargetInfo(name, "LlamaForCausalLM", config.vocab, config.hidden, config.layers, config.max_length, (),
-                      dtype, NOWHERE, "random", decoder.cache_shape())  # fmt: skip
-    return LeanTarget(decoder, info, choice)
-
-
 def head_of(target: LeanTarget, shipped: bool) -> DraftHead:
     """A random head, or the shipped one, without its weights."""
     path = shipped_head(REAL)
@@ -197,10 +176,8 @@ def rounds(target: LeanTarget, head: DraftHead, batch: int, slots: int) -> None:
     cache = KVCache(target.info.cache, slots, LENGTH + 64)
     wide = head.config.target_hidden * len(head.config.taps)
     pairs = Pairs(drafter, slots, DEFAULT_TREE.depth + 1, wide, target.info.dtype)
-    standing, seats = (
-        Standing.of(slots, cache.length, NOWHERE),
-        Seats.of(batch, DEFAULT_TREE.depth + 1, NOWHERE),
-    )
+    standing = Standing.of(slots, cache.length, NOWHERE)
+    seats = Seats.of(batch, DEFAULT_TREE.depth + 1, NOWHERE)
     program = Program(target, cache, standing, pairs)
     for shape in (*Budget(None, DEFAULT_TREE).sizes(), PLAIN):
         program.run(seats, shape, True)
@@ -219,12 +196,12 @@ def everything(models: Sequence[str], batches: Sequence[int]) -> None:
     """Launch what `bench.gpu` does for these shapes; of the real model in float32, too, where greedy answers are
     compared."""
     for name in models:
-        target, small = target_of(name, torch.bfloat16), name == steps.SMALL
+        target, small = steps.any_target(name, NOWHERE, torch.bfloat16), name == steps.SMALL
         for head in [head_of(target, shipped) for shipped in ([False, True] if small else [False])]:
             for batch in batches:
                 rounds(target, head, batch, max(batches))
         if small:
-            exact = target_of(name, torch.float32)
+            exact = steps.any_target(name, NOWHERE, torch.float32)
             rounds(exact, head_of(exact, True), 1, 1)
     for product in products.PRODUCTS:
         if f"random-{product.model}" in models:

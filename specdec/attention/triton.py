@@ -19,15 +19,15 @@ from torch import Tensor
 from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.errors import UnsupportedError
+from specdec.fused import keys
 from specdec.fused.available import launching, power
-from specdec.fused.keys import settle
+from specdec.fused.turns import COUNTERS, turns
 
 WORD = 64  # tree rows per ancestor word
 MAX_SPLITS = 64
 WAVES = 2  # programs per multiprocessor that the splits aim at
 MERGED_ROWS = 16  # rows that are merged at a time, at most
 HELD = 2**15  # float32 of other splits read at a time, times warps: all on their way together, none spilled
-TILES = 2**14  # of one launch, beyond which keys are not split; far more than fill any device
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -175,28 +175,19 @@ def _launch(view: _View, cut: Tiling, scale: float, softcap: float | None) -> Te
     b, n, heads, d = view.q.shape
     kv_heads = view.keys.shape[1]
     tiles, pairs = -(-n * heads // kv_heads // cut.rows), b * kv_heads
-    if tiles * pairs > TILES:
+    if tiles * pairs > COUNTERS:
         cut = replace(cut, splits=1)
     out = torch.empty((b, n, heads, d), dtype=view.q.dtype, device=view.q.device)
     left: tuple[Tensor | None, ...] = (None, None, None)
     if cut.splits > 1:
         lse = torch.empty((pairs, tiles, cut.splits, cut.rows), dtype=torch.float32, device=out.device)
-        left = (lse.new_empty(*lse.shape, cut.head), lse, _turns(out.device))
+        left = (lse.new_empty(*lse.shape, cut.head), lse, turns(out.device))
     _kernels(out.device.type).split_kernel[tiles, pairs, cut.splits](
         *view.pointers(), out, *left, n, view.offset, scale, softcap, view.window, *view.strides(),
         cut.splits, cut.worth, KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=d, WORDS=_words(view.ancestors),
         **cut.constants(), **launching(),
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def _turns(device: torch.device) -> Tensor:
-    """Of tiles whose keys are split: how many programs are done. Launches leave zeros, and no two run at once.
-
-    Never freed: captured launches hold its address.
-    """
-    return torch.zeros(TILES, dtype=torch.int32, device=device)
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
@@ -251,7 +242,8 @@ def _kernels(device: str) -> Any:
         )  # fmt: skip
     from specdec.attention import triton_kernels
 
-    settle(triton_kernels)
+    keys.settle_all()
+    keys.settle(triton_kernels)
     return triton_kernels
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from specdec.fused.overlap_kernels import wait_for_others
+from specdec.fused.turns_kernels import is_last
 
 
 @triton.jit
@@ -105,16 +106,6 @@ def _leave(
 
 
 @triton.jit
-def _is_last(turn, parts):
-    """Count this program among the `parts` of its tile; the last one sees what all have left, and puts zero back."""
-    tl.debug_barrier()  # one thread counts, for what all have stored
-    last = tl.atomic_add(turn, 1, sem="acq_rel") == parts - 1
-    if last:
-        tl.store(turn, 0)
-    return last
-
-
-@triton.jit
 def _merged(partial, lse, row, alive, dim, parts, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
             MERGED_ROWS: tl.constexpr, MERGED_PARTS: tl.constexpr):  # fmt: skip
     """(acc, total) of a few rows of a tile: their parts weighed by log-sum-exp, always in one order.
@@ -167,7 +158,7 @@ def _finish(
             lse += tile * (splits * BLOCK_ROWS)
             partial += tile.to(tl.int64) * (splits * BLOCK_ROWS * BLOCK_HEAD)
             _leave(acc, peak, total, partial, lse, row < rows, dim, split, BLOCK_ROWS, BLOCK_HEAD)
-            if _is_last(turns + tile, parts):
+            if is_last(turns + tile, parts):
                 for start in range(0, tl.minimum(BLOCK_ROWS, rows - first), MERGED_ROWS):
                     few = start + tl.arange(0, MERGED_ROWS)
                     mixed, weights = _merged(partial, lse, few, first + few < rows, dim, parts, BLOCK_ROWS,

@@ -6,13 +6,15 @@ order of launches gives another key, and everything is compiled again.
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from types import ModuleType
 
 # those that use others come after them
-MODULES = ("overlap", "growth", "settle", "layer", "largest", "pairs", "product", "walk")
+MODULES = ("overlap", "turns", "growth", "settle", "layer", "largest", "pairs", "product", "walk")
 
 
+@functools.cache
 def settle_all() -> None:
     """Make the keys of this package's kernels."""
     for name in MODULES:
@@ -20,11 +22,8 @@ def settle_all() -> None:
 
 
 def settle(module: ModuleType) -> None:
-    """Make the keys of a module's kernels, after those of what every module calls: whether these had theirs before must
-    not matter."""
-    shared = import_module(f"specdec.fused.{MODULES[0]}_kernels")
-    if module is not shared:
-        settle(shared)
+    """Make the keys of a module's kernels, called functions first: they stand below those that call them. Modules that
+    it uses must have theirs."""
     for one in reversed(list(vars(module).values())):
         if getattr(one, "__module__", "") == module.__name__ and hasattr(one, "cache_key"):
             _ = one.cache_key  # made when it is first asked for

@@ -5,7 +5,6 @@ Dimension legend: R rows, W inputs, O outputs.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 from specdec.fused.available import launching
 from specdec.fused.cuts import SMALL, Cut, enough, parts_of
 from specdec.fused.layer import norm
+from specdec.fused.turns import COUNTERS, turns
 
 BESIDE = 32  # squares that fit a thread's registers beside its products; of more, the norm comes first
 FEW = 32  # rows whose squares fit however few warps share them
-BLOCKS = 1024  # of outputs, at most, where inputs are split
 
 
 def product(
@@ -43,7 +42,7 @@ def product(
     outputs, rows = lines // (2 if paired else 1), x.numel() // inputs
     y = x.new_empty(*x.shape[:-1], outputs)
     blocks = -(-outputs // cut.out)
-    assert cut.splits == 1 or (blocks <= BLOCKS and outputs % cut.out == 0), "not a cut for this product"
+    assert cut.splits == 1 or (blocks <= COUNTERS and outputs % cut.out == 0), "not a cut for this product"
     sizes = {
         "PAIRED": paired, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.into, "num_warps": cut.warps, **launching(),
     }  # fmt: skip
@@ -80,7 +79,7 @@ def _left(weight: Tensor, rows: int, cut: Cut) -> tuple[Tensor | None, Tensor | 
     if cut.splits == 1:
         return None, None
     room = (cut.splits, rows, weight.shape[0])
-    return torch.empty(room, dtype=torch.float32, device=weight.device), _turns(weight.device)
+    return torch.empty(room, dtype=torch.float32, device=weight.device), turns(weight.device)
 
 
 def _tiles(x: Tensor, weight: Tensor, rows: int, cut: Cut) -> tuple[Any, Any]:
@@ -91,9 +90,3 @@ def _tiles(x: Tensor, weight: Tensor, rows: int, cut: Cut) -> tuple[Any, Any]:
 
     return (TensorDescriptor.from_tensor(x, [rows, cut.into]),
             TensorDescriptor.from_tensor(weight, [cut.out, cut.into]))  # fmt: skip
-
-
-@functools.cache
-def _turns(device: torch.device) -> Tensor:
-    """Of blocks whose inputs are split: how many programs are done. Kernels leave zeros, and no two run at once."""
-    return torch.zeros(BLOCKS, dtype=torch.int32, device=device)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from specdec.fused.layer_kernels import activated
 from specdec.fused.overlap_kernels import fetch_ahead, wait_for_others
+from specdec.fused.turns_kernels import is_last
 
 AHEAD = tl.constexpr(2**15)  # elements of a matrix that one program fetches ahead whole
 
@@ -111,11 +112,9 @@ def rows_kernel(
         tl.store(spot + split * step, acc)
         if PAIRED:
             tl.store(spot + split * step + outputs, beside)
-        tl.debug_barrier()
-        last = tl.atomic_add(turns + tl.program_id(0), 1, sem="acq_rel") == splits - 1
+        last = is_last(turns + tl.program_id(0), splits)
     if last:
         if turns is not None:
-            tl.store(turns + tl.program_id(0), 0)
             acc, beside = _gathered(spot, step, splits), _gathered(spot + outputs * PAIRED, step, splits)
         _finish(acc, beside, bias, plus, y, row, out, kept, outputs, PAIRED)
 

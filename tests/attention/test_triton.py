@@ -181,7 +181,7 @@ def found(case: Case) -> tuple[float, bool, bool]:
     inputs = make(case)
     outs = [run(case, inputs) for _ in range(2)]
     error = (outs[0].double() - oracle(case, inputs)).abs().max().item()
-    return error, outs[0].equal(outs[1]), not triton._turns(inputs.q.device).any()
+    return error, outs[0].equal(outs[1]), not triton.turns(inputs.q.device).any()
 
 
 def main() -> None:
@@ -303,7 +303,7 @@ def test_a_launch_does_not_depend_on_lengths(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     (grid, given, constants), (grid_after, given_after, constants_after) = recorder.launches
     assert (grid, constants) == (grid_after, constants_after)
-    for tensor in (x.slots, x.lengths, x.ancestors, triton._turns(x.q.device)):
+    for tensor in (x.slots, x.lengths, x.ancestors, triton.turns(x.q.device)):
         assert any(one is tensor for one in given) and any(one is tensor for one in given_after)
 
 
@@ -312,7 +312,7 @@ def test_what_fills_any_device_is_not_split(monkeypatch: pytest.MonkeyPatch) -> 
     recorder, case = Recorder(), Case(splits=3)
     monkeypatch.setattr(triton, "_kernels", lambda _: recorder)
     run(case, make(case))
-    monkeypatch.setattr(triton, "TILES", 1)
+    monkeypatch.setattr(triton, "COUNTERS", 1)
     run(case, make(case))
     assert [(grid[2], given[11] is None) for grid, given, _ in recorder.launches] == [(3, False), (1, True)]
     missing, missing_after = (sum(x is None for x in given) for _, given, _ in recorder.launches)
@@ -352,7 +352,7 @@ def test_the_compiled_kernels_equal_float64() -> None:
         error = (outs[0].double().cpu() - oracle(case, inputs)).abs().max()
         assert error < (2e-3 if case.half else 3e-6), name
         assert all(out.equal(outs[0]) for out in outs), name
-        assert not triton._turns(on_device.q.device).any(), name
+        assert not triton.turns(on_device.q.device).any(), name
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda: (9, 0)
 order, attention_first = json.loads(sys.argv[1]), sys.argv[2] == "True"
-attention = importlib.import_module("specdec.attention.triton_kernels")
+from specdec.attention import triton
 if attention_first:
-    keys.settle(attention)
+    triton._kernels("cuda")
 kernels = [getattr(importlib.import_module(f"specdec.fused.{module}_kernels"), name) for module, name in order]
 keys.settle_all()
-keys.settle(attention)
+attention = triton._kernels("cuda")
 kernels = {kernel.__name__: kernel.cache_key for kernel in [*kernels, attention.split_kernel]}
 print(json.dumps(kernels))
 """
