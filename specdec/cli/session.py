@@ -44,12 +44,12 @@ def loading(target: str) -> Status:
     return Console(stderr=True).status(f"loading {escape(target)}")
 
 
-def open_decoder(args: argparse.Namespace, *, draft: str) -> SpecDecoder:
+def open_decoder(args: argparse.Namespace, *, draft: str, slots: int = 1) -> SpecDecoder:
     """Load what the flags name, with a status line on stderr."""
     from rich.console import Console
 
     with loading(args.target):
-        decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args))
+        decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args, slots=slots))
     info = decoder.engine.target.info
     Console(stderr=True).print(
         f"{info.name}: {info.layers} layers, {str(info.dtype).removeprefix('torch.')} on {info.device}, "

@@ -18,7 +18,7 @@ SAMPLING = (
     "--temperature --top-p --top-k --min-p --repetition-penalty --max-tokens --seed --stop --ignore-eos "
 )
 FROZEN = {
-    "generate": MODEL + DRAFT + SAMPLING + "--prompt --prompts --plain --raw --show-tree --json",
+    "generate": MODEL + DRAFT + SAMPLING + "--prompt --prompts --plain --raw --show-tree --slots --json",
     "chat": MODEL + DRAFT + SAMPLING + "--system --show-tree",
     "serve": MODEL + DRAFT + "--host --port --plain --slots --queue --api-key --burst --served-model-name "
     "--request-timeout --drain-timeout",
