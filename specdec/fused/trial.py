@@ -18,6 +18,7 @@ from specdec.fused.available import applies
 from specdec.fused.cuts import ROWS, Cut, Kind, candidates, enough
 from specdec.fused.layer import gate, norm
 from specdec.fused.product import product
+from specdec.fused.proof import copies_proven
 
 # bytes of matrices that a trial walks, several times any L2 cache; a larger one is tried by itself
 POOL = 2**29
@@ -85,7 +86,7 @@ class Trial:
 
 
 def _tried(kind: Kind, weight: Tensor) -> Cut | None:
-    cuts = candidates(kind)
+    cuts = [cut for cut in candidates(kind) if not cut.tma or copies_proven(kind.device)]
     if not cuts:
         return None
     try:
