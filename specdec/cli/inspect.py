@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from specdec.generate import SpecDecoder
 
     options = options_of(args)
-    with loading(args.target):
+    with loading(args):
         decoder = SpecDecoder.from_pretrained(args.target, "none", options)
     report: dict[str, Any] = {"target": _target(decoder)}
     head = _head_path(decoder.engine.target.info.name, args.draft)

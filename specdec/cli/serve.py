@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     with listener:
         options = options_of(args, slots=args.slots, most_slots=MOST_SLOTS)
         draft = "none" if args.plain else args.draft
-        with loading(args.target):
+        with loading(args):
             decoder = SpecDecoder.from_pretrained(args.target, draft, options)
         name = args.served_model_name or args.target
         state = ServerState(decoder, name, limits, api_key=args.api_key, burst=args.burst)

@@ -36,19 +36,22 @@ def options_of(args: argparse.Namespace, *, slots: int | None = 1, most_slots: i
     )
 
 
-def loading(target: str) -> Status:
+def loading(args: argparse.Namespace) -> Status:
     """A status line on stderr for as long as it is the context."""
     from rich.console import Console
     from rich.markup import escape
 
-    return Console(stderr=True).status(f"loading {escape(target)}")
+    told = f"loading {escape(args.target)}"
+    if str(args.device or "cuda").startswith("cuda") and torch.cuda.is_available():
+        told += " (a first start on a GPU compiles kernels for some minutes)"
+    return Console(stderr=True).status(told)
 
 
 def open_decoder(args: argparse.Namespace, *, draft: str, slots: int = 1) -> SpecDecoder:
     """Load what the flags name, with a status line on stderr."""
     from rich.console import Console
 
-    with loading(args.target):
+    with loading(args):
         decoder = SpecDecoder.from_pretrained(args.target, draft, options_of(args, slots=slots))
     info = decoder.engine.target.info
     Console(stderr=True).print(
