@@ -32,6 +32,8 @@ from training.sections import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+# beside its own errors, YAML's reader raises those of Python: for dates that are none, for brackets without end
+BROKEN = (yaml.YAMLError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,14 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         SpecdecError: no such recipe, broken YAML, an unknown section or field (told with the nearest one),
             a value of the wrong type or out of range.
     """
-    return parse_recipe(_recipe_file(name).read_text(encoding="utf-8"), overrides, str(name))
+    return parse_recipe(_recipe_file(name).read_bytes(), overrides, str(name))
 
 
-def parse_recipe(text: str, overrides: Iterable[str] = (), origin: str = "recipe") -> Recipe:
+def parse_recipe(text: str | bytes, overrides: Iterable[str] = (), origin: str = "recipe") -> Recipe:
     """A recipe from YAML text; raises as `load_recipe` does."""
     try:
         given = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except BROKEN as error:
         raise SpecdecError(f"is not YAML: {error}", field="recipe", value=origin) from error
     values: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
     for section, entries in _mapping(given, "recipe").items():
@@ -145,10 +147,15 @@ def _override(text: str) -> tuple[str, str, Any]:
         raise SpecdecError("is not an override", field="recipe override", value=text,
                            allowed="section.field=value, such as optimizer.lr=3e-4")  # fmt: skip
     _known(section, _sections(), "section")
+    return section, name, _value(value)
+
+
+def _value(text: str) -> Any:
+    """What YAML makes of a value; one that it cannot read is text, and told by what it was meant for."""
     try:
-        return section, name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return section, name, value
+        return yaml.safe_load(text)
+    except BROKEN:
+        return text
 
 
 def _known(name: str, names: Iterable[str], kind: str, section: str = "") -> None:
@@ -203,7 +210,7 @@ def _fit_scalar(value: Any, hint: Any) -> Any:
         return _MISFIT
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return _MISFIT
     if hint is float:
         return number if math.isfinite(number) else _MISFIT  # neither NaN nor infinity is a setting
@@ -214,7 +221,9 @@ def _fit_scalar(value: Any, hint: Any) -> Any:
 
 def _fit_tuple(value: Any, inner: tuple[Any, ...]) -> Any:
     if isinstance(value, str):
-        value = [yaml.safe_load(part) for part in value.split(",")]
+        if value.lstrip().startswith("["):
+            return _MISFIT  # a list without its end: perhaps a shell took its spaces for ends of words
+        value = [_value(part) for part in value.split(",")]
     if not isinstance(value, list | tuple):
         return _MISFIT
     hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)

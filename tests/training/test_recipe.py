@@ -119,6 +119,12 @@ def test_overrides_take_the_fields_type(override: str, expected: object) -> None
         ("responses.sampled_fraction=1.1", "from 0 to 1"),
         ("responses.temperature=0", "responses.temperature"),
         ("data.licences=[]", "data.licences"),
+        ("data.licences=[MIT,", "a list of text or null"),  # what a shell leaves of [MIT, Apache-2.0]
+        ("head.taps=[2,15", "head.taps"),
+        ("optimizer.betas=0.9,'x", "optimizer.betas"),
+        ("trainer.epochs=2024-99-99", "a whole number"),
+        ("trainer.max_tokens=" + "1" * 400, "a whole number or null"),
+        ("optimizer.lr=" + "1" * 5000, "a finite number"),
         ("data.max_length=1", "data.max_length"),
         ("vocab.size=1", "vocab.size"),
         ("cache.gigabytes=-1", "cache.gigabytes"),
@@ -148,10 +154,13 @@ def test_heads_and_norms_are_checked_together() -> None:
         ("optimizer: 3", "YAML mapping"),
         ("[1]", "YAML mapping"),
         ("a: [", "is not YAML"),
+        ("data: {prompts: 2024-99-99}", "is not YAML: month"),
+        ("[" * 5000, "is not YAML"),
+        ("\udcff", "is not YAML"),
     ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(SpecdecError) as caught:
         load_recipe(tmp_path / "mine.yaml")
     assert words in str(caught.value)
