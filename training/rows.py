@@ -50,7 +50,7 @@ def _jsonl(path: Path, skip: Callable[[str], None]) -> Iterator[Mapping[str, Any
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError:  # UnicodeDecodeError is one too
+                except (ValueError, RecursionError):  # no UTF-8, numbers and brackets without end among them
                     skip("not JSON")
                     continue
                 if isinstance(row, dict):

@@ -96,7 +96,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         {"prompt": "Hi", "id": "\ud83d"},
     ]  # fmt: skip
     path = write(tmp_path / "a.jsonl", rows)
-    path.write_bytes(path.read_bytes() + b'{"torn\n\n\xff\xfe\n')
+    path.write_bytes(path.read_bytes() + b'{"torn\n\n\xff\xfe\n' + b"[" * 100_000 + b"\n")
     skipped = Skipped()
     (kept,) = read_conversations(path, ["MIT"], skipped)
     assert kept.pending_turns == ("Hi",)
@@ -105,11 +105,11 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         "turns are not a list": 1, "none of messages, conversations, turns, prompt, text": 1, "empty turn": 1,
         "unknown role": 1, "content is not text": 1, "roles do not alternate": 1, "no user turn": 2,
         "system turn in the middle": 1, "ends with a tool result": 1,
-        "a turn is not an object": 1, "not an object": 1, "not JSON": 2,
+        "a turn is not an object": 1, "not an object": 1, "not JSON": 3,
         "not valid Unicode (half a surrogate pair)": 2,
     }  # fmt: skip
-    assert skipped.read == 20 and skipped.total == 19
-    assert str(skipped).startswith("20 read, 19 skipped (")
+    assert skipped.read == 21 and skipped.total == 20
+    assert str(skipped).startswith("21 read, 20 skipped (")
 
 
 def test_gzip_and_parquet_read_alike(tmp_path: Path) -> None:
