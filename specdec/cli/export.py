@@ -92,9 +92,8 @@ class _Declared:
 
 
 def _sizes(name: str) -> _Declared:
-    from transformers import AutoConfig
+    from specdec.target.files import load_config, resolve
+    from specdec.target.stated import stated_config
 
-    from specdec.target.files import resolve
-
-    config = AutoConfig.from_pretrained(resolve(name).directory).get_text_config()
+    config = stated_config(load_config(resolve(name).directory)).get_text_config()
     return _Declared(name, config.vocab_size, config.hidden_size, config.num_hidden_layers)

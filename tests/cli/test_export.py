@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def edit(head: Path, **changes: Any) -> None:
     (head / "config.json").write_text(json.dumps(kept))
 
 
+def edited(target: Path, place: Path, **changes: Any) -> Path:
+    """A copy whose config.json says otherwise."""
+    shutil.copytree(target, place)
+    edit(place, **changes)
+    return place
+
+
 def drop(head: Path, *tensors: str) -> None:
     file = head / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k not in tensors}, file)
@@ -65,14 +73,34 @@ def test_a_head_that_names_no_target_needs_one_told(export: Export, head: Path, 
 
 
 def test_a_target_of_other_sizes_is_refused(export: Export, head: Path, model: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in model.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    edit(other, vocab_size=127)
+    other = edited(model, tmp_path / "other", vocab_size=127)
     code, _, err = export(head, "--out", tmp_path / "out", "--target", other)
     assert code == 2 and "vocab: head and target differ" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "none-such"}, "no family that transformers knows"),
+        ({"model_type": "none-such", "auto_map": {"AutoConfig": "code.Config"}}, "is not run"),
+        ({"architectures": []}, "names no architecture"),
+    ],
+)
+def test_a_target_that_nobody_knows_is_refused(
+    export: Export, head: Path, model: Path, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    other = edited(model, tmp_path / "other", **changes)
+    code, _, err = export(head, "--out", tmp_path / "out", "--target", other)
+    assert code == 2 and told in err
+
+
+def test_a_target_without_an_end_gives_none(export: Export, head: Path, model: Path, tmp_path: Path) -> None:
+    other = edited(model, tmp_path / "other", eos_token_id=None)
+    (other / "generation_config.json").unlink(missing_ok=True)
+    code, _, err = export(head, "--format", "raw", "--out", tmp_path / "out", "--target", other)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] is None
 
 
 def test_check_tells_verdicts_and_what_to_mind(export: Export, head: Path, tmp_path: Path) -> None:
