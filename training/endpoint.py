@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,14 +167,14 @@ class EndpointAnswerer:
         why = ""
         for attempt in range(self.endpoint.retries + 1):
             wait = self.endpoint.backoff * 2**attempt * self._jitter.uniform(0.5, 1.5)
-            asked = body | {"return_token_ids": True} if self._ask_ids else body
+            asked = {"return_token_ids": True} if self._ask_ids else {}
             try:
-                reply = await client.post(self.endpoint.completions, json=asked)
+                reply = await client.post(self.endpoint.completions, json=body | asked)
                 if reply.is_success:
                     choice: dict[str, Any] = reply.json()["choices"][0]
                     return choice
                 why = f"status {reply.status_code}: {reply.text[:200]}"
-                if self._objects(reply):
+                if _refused_fields(reply, asked):
                     self._ask_ids, wait = False, 0.0
                 elif reply.status_code not in RETRY and reply.status_code < 500:
                     raise self._refused(reply.status_code, why)
@@ -186,9 +186,6 @@ class EndpointAnswerer:
         raise SpecdecError(f"failed {self.endpoint.retries + 1} times, last with {why}", field="endpoint",
                            value=self.endpoint.completions,
                            remedy="See that it is up, then run again: answers so far are kept.")  # fmt: skip
-
-    def _objects(self, reply: httpx.Response) -> bool:
-        return self._ask_ids and reply.status_code in (400, 422) and "return_token_ids" in reply.text
 
     def _refused(self, status: int, why: str) -> SpecdecError:
         remedy = {
@@ -224,6 +221,11 @@ async def _end(client: httpx.AsyncClient, waiting: set[Asked]) -> None:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     await client.aclose()
+
+
+def _refused_fields(reply: httpx.Response, sent: Mapping[str, Any]) -> set[str]:
+    """Those of the fields sent that a request was refused for."""
+    return {name for name in sent if name in reply.text} if reply.status_code in (400, 422) else set()
 
 
 def _retry_after(header: str | None) -> float:

@@ -146,6 +146,18 @@ def test_an_endpoint_without_token_ids_is_read_as_text(serve: Callable[[Script],
     assert len(server.asked) == 3
 
 
+def test_requests_in_flight_survive_what_the_first_one_learned(serve: Callable[[Script], Server]) -> None:
+    """Several go out with a field that the endpoint objects to before it has said so of the first."""
+
+    def strict(_: int, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        time.sleep(0.05)
+        if "return_token_ids" in body:
+            return 400, {}, {"error": {"message": "this server does not know the field 'return_token_ids'"}}
+        return 200, {}, {"choices": [{"text": "ab", "finish_reason": "length"}]}
+
+    assert [answer.token_ids for answer in ask(serve(strict))] == [[97, 98]] * 6
+
+
 def collect(server: Server, **settings: Any) -> tuple[list[Answer], SpecdecError]:
     answerer = EndpointAnswerer(
         Endpoint(server.url, "m", backoff=0.01, concurrent=2, **settings), lambda _: [], 99
