@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 RETRY = frozenset({408, 409, 425, 429})  # and everything from 500 on
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
+# fields of vLLM and SGLang that OpenAI's API has not: answers as ids, and nothing of what the model's
+# generation_config.json asks for, from which these servers take what a request leaves open
+BEYOND: dict[str, Any] = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 KEYS = ("SPECDEC_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set counts
 
 
@@ -83,7 +86,7 @@ class EndpointAnswerer:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.endpoint, self.encode, self.stop_id, self.transport = endpoint, encode, stop_id, transport
-        self._ask_ids = True  # until an endpoint objects to the field
+        self._beyond = BEYOND  # less those that the endpoint objects to
         self._stopped = False
         self._jitter = random.Random()
 
@@ -105,7 +108,7 @@ class EndpointAnswerer:
         """
         bodies = [
             {"model": self.endpoint.model, "prompt": list(prompt), "max_tokens": max_tokens,
-             "temperature": temperature, "seed": seed, "stream": False}
+             "temperature": temperature, "top_p": 1.0, "seed": seed, "stream": False}
             for prompt, temperature, seed in zip(prompts, temperatures, seeds, strict=True)
         ]  # fmt: skip
         self._stopped = False
@@ -167,15 +170,16 @@ class EndpointAnswerer:
         why = ""
         for attempt in range(self.endpoint.retries + 1):
             wait = self.endpoint.backoff * 2**attempt * self._jitter.uniform(0.5, 1.5)
-            asked = {"return_token_ids": True} if self._ask_ids else {}
+            beyond = self._beyond
             try:
-                reply = await client.post(self.endpoint.completions, json=body | asked)
+                reply = await client.post(self.endpoint.completions, json=body | beyond)
                 if reply.is_success:
                     choice: dict[str, Any] = reply.json()["choices"][0]
                     return choice
                 why = f"status {reply.status_code}: {reply.text[:200]}"
-                if _refused_fields(reply, asked):
-                    self._ask_ids, wait = False, 0.0
+                if unknown := _refused_fields(reply, beyond):
+                    self._beyond = {k: v for k, v in self._beyond.items() if k not in unknown}
+                    wait = 0.0
                 elif reply.status_code not in RETRY and reply.status_code < 500:
                     raise self._refused(reply.status_code, why)
                 wait = max(wait, _retry_after(reply.headers.get("retry-after")))

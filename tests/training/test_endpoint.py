@@ -100,8 +100,22 @@ def test_prompts_go_out_as_ids_with_all_settings(serve: Callable[[Script], Serve
     server = serve(lambda _, body: ids(body))
     assert ask(server, api_key="secret") == EXPECTED
     assert set(server.keys) == {"Bearer secret"}
-    assert {"model": "m", "prompt": [20, 21], "max_tokens": 7, "temperature": 0.5, "seed": 2, "stream": False,
-            "return_token_ids": True} in server.asked  # fmt: skip
+    assert {"model": "m", "prompt": [20, 21], "max_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 2,
+            "stream": False, "return_token_ids": True, "top_k": -1, "min_p": 0.0,
+            "repetition_penalty": 1.0} in server.asked  # fmt: skip
+
+
+def test_a_servers_own_settings_do_not_bend_the_targets_law(serve: Callable[[Script], Server]) -> None:
+    """vLLM and SGLang take what a request leaves open from the model's generation_config.json, such as Qwen's."""
+    theirs = {"top_p": 0.8, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05}
+    used: list[dict[str, Any]] = []
+
+    def opinionated(_: int, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        used.append({name: body.get(name, own) for name, own in theirs.items()})
+        return ids(body)
+
+    assert ask(serve(opinionated)) == EXPECTED
+    assert used == [{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}] * 6
 
 
 def test_many_at_once_but_not_more_than_asked(serve: Callable[[Script], Server]) -> None:
@@ -151,11 +165,14 @@ def test_requests_in_flight_survive_what_the_first_one_learned(serve: Callable[[
 
     def strict(_: int, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         time.sleep(0.05)
-        if "return_token_ids" in body:
-            return 400, {}, {"error": {"message": "this server does not know the field 'return_token_ids'"}}
+        for name in ("return_token_ids", "min_p"):
+            if name in body:
+                return 400, {}, {"error": {"message": f"this server does not know the field {name!r}"}}
         return 200, {}, {"choices": [{"text": "ab", "finish_reason": "length"}]}
 
-    assert [answer.token_ids for answer in ask(serve(strict))] == [[97, 98]] * 6
+    server = serve(strict)
+    assert [answer.token_ids for answer in ask(server)] == [[97, 98]] * 6
+    assert server.asked[-1]["top_k"] == -1, "what it does not object to is still sent"
 
 
 def collect(server: Server, **settings: Any) -> tuple[list[Answer], SpecdecError]:
