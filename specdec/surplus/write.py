@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from specdec.errors import CheckpointError, MismatchError, RequestError, SpecdecError, UnsupportedError
@@ -55,22 +55,21 @@ def write_report(report: Report, out: Path, *, force: bool = False) -> Path:
         SpecdecError: the disk refuses; what was there stays.
     """
     check_out(out, force=force)
-    fresh = out.with_name(out.name + ".tmp")
     try:
-        _write_files(report, fresh)
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as work:
+            fresh, old = Path(work) / "new", Path(work) / "old"
+            _write_files(report, fresh)
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
     except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         raise SpecdecError(f"cannot be written: {error}", field="out", value=str(out),
                            remedy="Free some space and run again: what was measured is kept.") from error  # fmt: skip
     return out / "report.html"
 
 
 def _write_files(report: Report, fresh: Path) -> None:
-    if fresh.exists():
-        shutil.rmtree(fresh)
     (fresh / "figures").mkdir(parents=True)
     figures = draw_all(report.values)
     for drawn in figures:

@@ -196,7 +196,15 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
     assert found["gap"] == pytest.approx([0.1, 0.2])
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_report(Report(values(rows=float("nan")), ROWS), tmp_path / "broken")
-    assert not (tmp_path / "broken").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_writing_a_report_touches_nothing_beside_it(tmp_path: Path) -> None:
+    mine = tmp_path / "report.tmp"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    write_report(Report(values(), ROWS), tmp_path / "report")
+    assert (mine / "thesis.txt").exists()
 
 
 def test_an_existing_directory_is_an_error_unless_it_is_a_report_to_replace(tmp_path: Path) -> None:
