@@ -256,7 +256,8 @@ async def _in_threads(pieces: Iterator[Piece]) -> AsyncGenerator[Piece, None]:
     finally:
         if step is not None:
             await asyncio.wait([step])
-        pieces.close()  # type: ignore[attr-defined]
+        # which takes a turn of the engine: the event loop must not wait for that
+        await asyncio.to_thread(pieces.close)  # type: ignore[attr-defined]
 
 
 def _emptied(mail: Sequence[deque[Piece]]) -> Iterator[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,6 +163,23 @@ def test_a_timeout_frees_the_slot_and_leaves_others_alone(
         return [answers[0].text for answers in both]
 
     assert asyncio.run(left()) == [answer.text for answer in plain.generate(["abc", "second"], SHORT)]
+
+
+def test_leaving_a_stream_does_not_hold_up_the_event_loop(
+    plain: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot is freed by a turn of the engine, which others may be in the middle of."""
+    step, threads = plain.engine.step, set[int]()
+    monkeypatch.setattr(plain.engine, "step", lambda: (threads.add(threading.get_ident()), step())[1])
+
+    async def left() -> None:
+        stream = plain.astream("abcabc", Sampling(max_tokens=100, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()  # type: ignore[attr-defined]  # a generator, though only an iterator is promised
+
+    asyncio.run(left())
+    assert not plain.engine.busy
+    assert threads and threading.get_ident() not in threads
 
 
 def test_threads_share_a_decoder(plain: SpecDecoder) -> None:
