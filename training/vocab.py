@@ -35,16 +35,17 @@ def count_tokens(samples: Iterable[Sample], vocab: int) -> Tensor:
     """How often the assistant wrote each token: int64 [V], over loss-masked positions.
 
     Raises:
-        SpecdecError: an id outside the vocabulary (data of another tokenizer).
+        SpecdecError: an id outside the vocabulary, in prompts as well (data of another tokenizer).
     """
     counts = np.zeros(vocab, dtype=np.int64)
     for sample in samples:
-        written = sample.ids[sample.loss_mask]
-        if written.size and not 0 <= int(written.min()) <= int(written.max()) < vocab:
+        outside = sample.ids[(sample.ids < 0) | (sample.ids >= vocab)]
+        if outside.size:
             raise SpecdecError("is outside the target's vocabulary", field=f"token id of sample {sample.id}",
-                               value=int(written.max()), allowed=f"0 to {vocab - 1}",
-                               remedy="The answers come from another target; start a new run.")  # fmt: skip
-        counts += np.bincount(written, minlength=vocab)
+                               value=int(outside[0]), allowed=f"0 to {vocab - 1}",
+                               remedy="The answers come from another target; start a new run. Or the tokenizer has "
+                               "tokens that the model lacks.")  # fmt: skip
+        counts += np.bincount(sample.ids[sample.loss_mask], minlength=vocab)
     return torch.from_numpy(counts)
 
 

@@ -20,9 +20,12 @@ def test_only_what_the_assistant_wrote_counts() -> None:
     assert counts.tolist() == [0, 0, 2, 2, 0] and counts.dtype == torch.int64
 
 
-def test_ids_of_another_vocabulary_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("ids", "mask"), [([5], [1]), ([-1], [1]), ([5, 1], [0, 1]), ([1, -1, 1], [1, 0, 1])]
+)
+def test_ids_of_another_vocabulary_are_refused(ids: list[int], mask: list[int]) -> None:
     with pytest.raises(SpecdecError, match="another target"):
-        count_tokens([sample([5], [1])], 5)
+        count_tokens([sample(ids, mask)], 5)
 
 
 def test_frequency_ties_by_id_stop_ids_always_rising() -> None:
