@@ -11,7 +11,7 @@ H hidden size, G kv heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -177,11 +177,3 @@ def teacher_forced(head: DraftHead, embed: Embed, text: Text, depth: int) -> lis
         rates.append(float(hit.sum()) / max(1, int(before.sum())))
         right = torch.zeros_like(right).index_put((done.rows,), hit)
     return rates
-
-
-def total(parts: Sequence[Counters]) -> Counters:
-    """Counters of many batches of text as one."""
-    out = Counters()
-    for part in parts:
-        out.add(part)
-    return out

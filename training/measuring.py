@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from specdec.head.model import DraftHead
-from specdec.stats import Counters
+from specdec.stats import Counters, total
 from training.chunks import BatchRule, collate, plan_epoch
 from training.data import Sample
-from training.evaluate import Growth, Text, simulate, teacher_forced, total
+from training.evaluate import Growth, Text, simulate, teacher_forced
 from training.features import Features
 from training.objective import scaled
 from training.trainer import padded
