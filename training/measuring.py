@@ -43,7 +43,7 @@ class DevSplit:
             return
         device = scale.device
         for batch in plan_epoch([len(s) for s in samples], rule, 0):
-            made = collate(samples, batch, rule)
+            made = collate(samples, batch)
             captured = features.take([index[id(samples[i])] for i in batch])
             taps = padded([one.features for one in captured], made.ids.shape[1]).to(device)
             dtype = torch.bfloat16 if taps.dtype == torch.bfloat16 else torch.float32

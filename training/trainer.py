@@ -204,7 +204,7 @@ class Trainer:
                                remedy="Lower it; the last checkpoint is from before.")  # fmt: skip
 
     def _material(self, indices: Sequence[int]) -> Material:
-        batch = collate(self.task.samples, indices, self.rule)
+        batch = collate(self.task.samples, indices)
         captured = self.task.features.take(indices)
         device = self.accelerator.device
         mask, lengths = batch.loss_mask.to(device), batch.lengths.to(device)

@@ -1,15 +1,14 @@
-"""Windows keep every token and every loss once; batches keep every sample once, within bounds, resumably."""
+"""Windows keep every token and every loss once; batches keep every sample once, within bounds."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.errors import SpecdecError
-from training.chunks import BatchRule, Position, batches, plan_epoch, split_windows
+from training.chunks import BatchRule, collate, plan_epoch, split_windows
 from training.data import Sample, Skipped
 
 
@@ -18,18 +17,15 @@ def sample(length: int, id: str = "s", masked: bool = True) -> Sample:
 
 
 def test_the_docstrings_example() -> None:
-    first, second = split_windows([sample(7)], 4, overlap=1)
-    assert (first.ids.tolist(), second.ids.tolist()) == ([0, 1, 2, 3], [3, 4, 5, 6])
-    assert second.loss_mask.tolist() == [False, True, True, True]
+    first, second = split_windows([sample(7)], 4)
+    assert (first.ids.tolist(), second.ids.tolist()) == ([0, 1, 2, 3], [4, 5, 6])
     assert [(w.id, w.window) for w in (first, second)] == [("s", 0), ("s", 1)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.integers(1, 60), max_length=st.integers(2, 20), overlap=st.integers(0, 19))
-def test_every_token_bears_its_loss_exactly_once(length: int, max_length: int, overlap: int) -> None:
-    overlap = min(overlap, max_length - 1)
-    whole = sample(length)
-    windows = list(split_windows([whole], max_length, overlap))
+@given(length=st.integers(1, 60), max_length=st.integers(2, 20))
+def test_every_token_bears_its_loss_exactly_once(length: int, max_length: int) -> None:
+    windows = list(split_windows([sample(length)], max_length))
     assert np.concatenate([w.ids[w.loss_mask] for w in windows]).tolist() == list(range(length))
     assert all(len(w) <= max_length for w in windows)
     assert [w.window for w in windows] == list(range(len(windows)))
@@ -42,28 +38,21 @@ def test_windows_without_loss_are_counted_not_kept() -> None:
     assert window.ids.tolist() == [4, 5] and skipped.reasons == {"window without assistant tokens": 1}
 
 
-@pytest.mark.parametrize(("max_length", "overlap"), [(1, 0), (4, 4), (4, -1)])
-def test_windows_without_room_are_refused(max_length: int, overlap: int) -> None:
+def test_windows_without_room_are_refused() -> None:
     with pytest.raises(SpecdecError, match="max_length"):
-        list(split_windows([sample(3)], max_length, overlap))
+        list(split_windows([sample(3)], 1))
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=80),
-    tokens=st.integers(48, 200),
-    multiple=st.sampled_from([1, 8]),
+    tokens=st.integers(40, 200),
     epoch=st.integers(0, 3),
 )
-def test_a_plan_holds_every_sample_once_within_bounds(
-    lengths: list[int], tokens: int, multiple: int, epoch: int
-) -> None:
-    plan = plan_epoch(lengths, BatchRule(tokens, seed=1, multiple=multiple), epoch)
+def test_a_plan_holds_every_sample_once_within_bounds(lengths: list[int], tokens: int, epoch: int) -> None:
+    plan = plan_epoch(lengths, BatchRule(tokens, seed=1), epoch)
     assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
-    assert (
-        max(-(-max(lengths[i] for i in batch) // multiple) * multiple * len(batch) for batch in plan)
-        <= tokens
-    )
+    assert max(max(lengths[i] for i in batch) * len(batch) for batch in plan) <= tokens
 
 
 def test_bucketing_pads_little_and_the_order_is_by_seed_and_epoch() -> None:
@@ -79,26 +68,10 @@ def test_bucketing_pads_little_and_the_order_is_by_seed_and_epoch() -> None:
     assert firsts != sorted(firsts), "batches come in mixed lengths, not in a ramp"
 
 
-def test_resuming_at_any_position_repeats_the_rest_exactly() -> None:
-    samples = [sample(n % 13 + 1, str(n)) for n in range(40)]
-    rule = BatchRule(40, seed=7)
-    whole = list(batches(samples, rule, epochs=2))
-    for done in (1, 5, len(whole) // 2, len(whole) - 1):
-        rest = list(batches(samples, rule, epochs=2, start=whole[done - 1][0]))
-        assert [p for p, _ in rest] == [p for p, _ in whole[done:]]
-        assert all(torch.equal(a.ids, b.ids) for (_, a), (_, b) in zip(rest, whole[done:], strict=True))
-    assert whole[-1][0] == Position(2, 0)
-    assert list(batches(samples, rule, epochs=2, start=Position(2, 0))) == []
-
-
 def test_padding_carries_no_loss() -> None:
-    samples = [sample(3), sample(5)]
-    ((_, batch),) = batches(samples, BatchRule(64, multiple=4, pad_id=9), epochs=1)
-    rows = dict(
-        zip(batch.samples, zip(batch.ids.tolist(), batch.loss_mask.sum(1).tolist(), strict=True), strict=True)
-    )
-    assert rows == {0: ([0, 1, 2, 9, 9, 9, 9, 9], 3), 1: ([0, 1, 2, 3, 4, 9, 9, 9], 5)}
-    assert sorted(batch.lengths.tolist()) == [3, 5]
+    batch = collate([sample(3), sample(9), sample(5)], (2, 0))
+    assert batch.ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
+    assert batch.loss_mask.sum(1).tolist() == batch.lengths.tolist() == [5, 3]
 
 
 def test_what_cannot_be_batched_is_refused() -> None:
@@ -106,5 +79,3 @@ def test_what_cannot_be_batched_is_refused() -> None:
         plan_epoch([], BatchRule(8), 0)
     with pytest.raises(SpecdecError, match=r"trainer\.batch_tokens"):
         plan_epoch([9], BatchRule(8), 0)
-    with pytest.raises(SpecdecError, match="batch multiple"):
-        BatchRule(8, multiple=0)
