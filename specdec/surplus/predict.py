@@ -1,14 +1,13 @@
-"""Acceptance from information: what a gap in nats costs the verifier in use, by depth, for a chain and a tree.
+"""Acceptance from information: what a gap in nats costs the verifier in use, by depth.
 
 Two verifiers. Sampled drafts: alpha = sum min(p, q) = 1 - TV (Leviathan et al. 2211.17192). Deterministic top-m
 children (this engine's default, and EAGLE's): acceptance is the p-mass of the children, so the target's own entropy
 costs even a perfect draft. Depth j of a draft is x_{t+1+j}, that is k = j + 1. Knows numbers, not engines.
-Dimension legend: n contexts, M symbols, K draft depths, N tree nodes.
+Dimension legend: n contexts, M symbols, K draft depths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +21,6 @@ def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.minimum(log_p, log_q).exp().sum(-1)
 
 
-def children_mass(log_p: Tensor, log_q: Tensor, m: int) -> Tensor:
-    """A_m = p-mass of the top-m of q per row, [n]: acceptance of m deterministic children."""
-    picks = log_q.topk(min(m, log_q.shape[-1]), dim=-1).indices
-    return log_p.gather(-1, picks).exp().sum(-1)
-
-
 def erfc_link(gap: Tensor) -> Tensor:
     """alpha = erfc(sqrt(d) / 2), the zero-parameter link of a Gaussian log-likelihood ratio.
 
@@ -38,21 +31,6 @@ def erfc_link(gap: Tensor) -> Tensor:
     """
     alpha: Tensor = torch.special.erfc(gap.clamp_min(0).sqrt() / 2)
     return alpha
-
-
-def pinsker_bound(gap: Tensor) -> Tensor:
-    """alpha >= 1 - sqrt(d / 2); below 0 it says nothing."""
-    return 1 - (gap.clamp_min(0) / 2).sqrt()
-
-
-def bretagnolle_huber_bound(gap: Tensor) -> Tensor:
-    """alpha >= 1 - sqrt(1 - e^-d), still informative beyond 2 nats."""
-    return 1 - (-torch.expm1(-gap.clamp_min(0))).sqrt()
-
-
-def children_bound(crossed: Tensor, m: int) -> Tensor:
-    """A_m >= 1 - CE(q) / ln(m + 1): crossed = H(p) + d, nats."""
-    return 1 - crossed / torch.log(torch.tensor(m + 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +85,8 @@ class DepthLaw:
 
     Attributes:
         forced: [K] mean acceptance on all contexts (teacher-forced).
-        alpha: [K] conditional acceptance among survivors, what the engine calls alpha(d).
+        alpha: [K] conditional acceptance among survivors, what the engine calls alpha(d). They are easier contexts than
+            the text at large.
         reach: [K] P(L >= j), probability that depth j is accepted.
     """
 
@@ -119,11 +98,6 @@ class DepthLaw:
     def tau(self) -> float:
         """Expected tokens per round, bonus included: 1 + sum_j P(L >= j)."""
         return 1 + float(self.reach.sum())
-
-    @property
-    def selection(self) -> Tensor:
-        """alpha - forced, [K]: survivors are easier contexts than the text at large."""
-        return self.alpha - self.forced
 
 
 def depth_law(acceptance: Tensor, survival: Tensor) -> DepthLaw:
@@ -142,40 +116,3 @@ def depth_law(acceptance: Tensor, survival: Tensor) -> DepthLaw:
     ).double()
     reach = (before * acceptance.double()).mean(0)
     return DepthLaw(acceptance.double().mean(0), reach / before.mean(0).clamp_min(1e-300), reach)
-
-
-def sampled_survival(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
-    """min(1, q(x) / p(x)) of the tokens [n] that came: [n]."""
-    ratio = (log_q - log_p).gather(-1, tokens[:, None])[:, 0]
-    return ratio.clamp_max(0).exp()
-
-
-def children_survival(log_q: Tensor, tokens: Tensor, m: int) -> Tensor:
-    """1 where the token is among the top-m of q, else 0: [n]."""
-    picks = log_q.topk(min(m, log_q.shape[-1]), dim=-1).indices
-    return (picks == tokens[:, None]).any(-1).float()
-
-
-def geometric_tau(alpha: float, depth: int) -> float:
-    """(1 - alpha^(depth+1)) / (1 - alpha): right only for independent, equal acceptance; a baseline.
-
-    >>> geometric_tau(0.5, 2)
-    1.75
-    """
-    return float(depth + 1) if alpha >= 1 else (1 - alpha ** (depth + 1)) / (1 - alpha)
-
-
-def tree_tau(parents: Sequence[int], acceptance: Sequence[float]) -> float:
-    """Expected tokens of a tree: sum over nodes of the product of acceptances on their path (root counts 1).
-
-    Args:
-        parents: node -> parent, parents first; node 0 is the root, its own parent.
-        acceptance: p(node | parent), entry 0 ignored.
-
-    >>> tree_tau([0, 0, 0, 1], [1.0, 0.5, 0.25, 0.5])
-    2.0
-    """
-    reach = [1.0]
-    for node in range(1, len(parents)):
-        reach.append(reach[parents[node]] * acceptance[node])
-    return sum(reach)

@@ -159,16 +159,6 @@ def mess3(alpha: float = 0.85, x: float = 0.05) -> HiddenMarkov:
     return HiddenMarkov(stay[None] * emit.T[:, None, :])
 
 
-def random_hmm(states: int, symbols: int, generator: torch.Generator, sharpness: float = 3.0) -> HiddenMarkov:
-    """A sticky random HMM."""
-    logits = torch.randn(states, states, generator=generator, dtype=torch.float64)
-    step = torch.softmax(logits + 3 * torch.eye(states, dtype=torch.float64), dim=-1)
-    emit = torch.softmax(
-        sharpness * torch.randn(states, symbols, generator=generator, dtype=torch.float64), dim=-1
-    )
-    return HiddenMarkov(step[None] * emit.T[:, None, :])
-
-
 def permute_within(z: Tensor, doc: Tensor, generator: torch.Generator) -> Tensor:
     """A permutation that gives each row the feature of another row with equal z.
 

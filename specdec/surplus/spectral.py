@@ -31,14 +31,6 @@ def hellinger(log_p: Tensor, beta: float = 4.0) -> Tensor:
     return kernel
 
 
-def expected_likelihood(log_p: Tensor) -> Tensor:
-    """sum p p' over their norms: [n, n], 1 on the diagonal."""
-    p = log_p.exp()
-    p = p / p.norm(dim=-1, keepdim=True)
-    kernel: Tensor = p @ p.T
-    return kernel
-
-
 def dirichlet_energy(features: Tensor, kernel: Tensor) -> float:
     """Smoothness of features on the graph: mean K |f - f'|^2 over mean |f - f'|^2 times mean K, off the
     diagonal.

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.surplus.sources import LagCopy, mess3, permute_within, random_hmm, random_markov
+from specdec.surplus.sources import HiddenMarkov, LagCopy, mess3, permute_within, random_markov
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -38,6 +38,14 @@ def test_mess3_is_symmetric_and_its_etas_fall_to_the_filtered_entropy() -> None:
     toy = source.sample(400, 60, generator(2))
     entropy = -(toy.log_probs.exp() * toy.log_probs).sum(-1)[toy.position > 12].mean()
     assert float(entropy) == pytest.approx(source.eta(10), abs=0.004)
+
+
+def random_hmm(states: int, symbols: int, generator: torch.Generator) -> HiddenMarkov:
+    """A sticky random HMM."""
+    logits = torch.randn(states, states, generator=generator, dtype=torch.float64)
+    step = torch.softmax(logits + 3 * torch.eye(states, dtype=torch.float64), dim=-1)
+    emit = torch.softmax(3 * torch.randn(states, symbols, generator=generator, dtype=torch.float64), dim=-1)
+    return HiddenMarkov(step[None] * emit.T[:, None, :])
 
 
 def test_eta_by_hand_for_a_markov_chain_in_edge_form() -> None:

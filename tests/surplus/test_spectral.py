@@ -7,7 +7,6 @@ from specdec.surplus.spectral import (
     add_moments,
     bhattacharyya,
     dirichlet_energy,
-    expected_likelihood,
     hellinger,
     no_moments,
     partial_correlations,
@@ -19,7 +18,7 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kernel", [bhattacharyya, hellinger, expected_likelihood])
+@pytest.mark.parametrize("kernel", [bhattacharyya, hellinger])
 def test_kernels_are_similarities_and_positive(kernel: object) -> None:
     log_p = torch.log_softmax(2 * normal(30, 7, seed=0), dim=-1)
     matrix: Tensor = kernel(log_p)  # type: ignore[operator]  # parametrised function
