@@ -100,7 +100,7 @@ class Reply:
     async def respond(self, http: Request) -> Response:
         """The HTTP response the client asked for."""
         if self.asked.stream:
-            return EventStream(self.chunks())
+            return EventStream(self.chunks(), self.call.cancel)
         return JSONResponse(await race(http, self.body()))
 
     async def body(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -26,16 +26,22 @@ def event(data: Mapping[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A streaming answer whose generator is closed, and so cancels its request, however the connection ends."""
+    """A streaming answer.
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        self.events = events
+    Args:
+        events: closed however the connection ends.
+        leave: called then, too: a generator that nobody has begun to read has nothing to close.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], leave: Callable[[], None]) -> None:
+        self.events, self.leave = events, leave
         super().__init__(_with_end(events), media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self.leave()
             await self.events.aclose()
 
 
