@@ -161,9 +161,9 @@ class Trainer:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         sums = torch.zeros(steps, 4, device=self.accelerator.device)
         for number in range(rank, len(group), processes):
-            material = self._material(group[number])
             seed = 1 + progress.step * self.together + number + (recipe.trainer.seed << 32)
             try:
+                material = self._material(group[number])
                 with self._syncing(number + processes >= len(group)):
                     loss, marks = self.module(material, steps, sequences, seed)
                     self.accelerator.backward(loss * processes)  # data parallelism takes the mean

@@ -178,13 +178,16 @@ def test_only_the_main_process_reports(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows == []
 
 
-def test_running_out_of_memory_names_the_knobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("part", "method"), [("objective", "forward"), ("features", "take")])
+def test_running_out_of_memory_names_the_knobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, method: str
+) -> None:
     work = task(samples())
 
     def full(*arguments: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(work.objective, "forward", full)
+    monkeypatch.setattr(getattr(work, part), method, full)
     with pytest.raises(UnsupportedError, match=r"unroll\.checkpointing"):
         train(work, tmp_path)
 
