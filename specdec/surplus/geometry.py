@@ -17,9 +17,6 @@ from torch import Tensor
 
 from specdec.surplus.contract import TargetHead
 
-MASS = 0.999
-"""Top-m mass below which a spectrum is not trusted."""
-
 
 @dataclass(frozen=True, slots=True)
 class Factor:
@@ -29,7 +26,8 @@ class Factor:
         rows: float32 [n, m, d], sqrt(p_w) (W_w - mu) J / T, in the basis of the final state (before the
             norm).
         probs: float32 [n, m], top-m probabilities renormalised to one.
-        mass: float32 [n], their mass before that; drop states below `MASS`.
+        mass: float32 [n], their mass before that; in flat laws well below one, and all figures are then those of the
+            likeliest tokens alone.
     """
 
     rows: Tensor
