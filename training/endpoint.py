@@ -75,7 +75,6 @@ class EndpointAnswerer:
         encode: text to ids, for endpoints that do not return token ids; the ids of an answer are then
             what its text tokenises to, nearly always what was written.
         stop_id: appended to such an answer when it ended by itself; None for a target that has none.
-        transport: of httpx, for tests.
     """
 
     def __init__(
@@ -83,9 +82,8 @@ class EndpointAnswerer:
         endpoint: Endpoint,
         encode: Callable[[str], list[int]],
         stop_id: int | None,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.endpoint, self.encode, self.stop_id, self.transport = endpoint, encode, stop_id, transport
+        self.endpoint, self.encode, self.stop_id = endpoint, encode, stop_id
         self._beyond = BEYOND  # less those that the endpoint objects to
         self._stopped = False
         self._jitter = random.Random()
@@ -147,7 +145,6 @@ class EndpointAnswerer:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=self.endpoint.timeout,
             limits=httpx.Limits(max_connections=self.endpoint.concurrent),
-            transport=self.transport,
         )
 
     async def _one(

@@ -11,9 +11,9 @@ from typing import Literal
 from specdec.errors import SpecdecError
 
 
-def _check(good: bool, field: str, value: object, allowed: str, remedy: str | None = None) -> None:
+def _check(good: bool, field: str, value: object, allowed: str) -> None:
     if not good:
-        raise SpecdecError("is not usable", field=field, value=value, allowed=allowed, remedy=remedy)
+        raise SpecdecError("is not usable", field=field, value=value, allowed=allowed)
 
 
 def _at_least(low: float, **fields: float | None) -> None:

@@ -6,7 +6,7 @@ Knows rows of numbers; nothing of training.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -107,9 +107,9 @@ def flat(row: Row) -> dict[str, float]:
     return out
 
 
-def read_log(path: Path, kind: str, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+def read_log(path: Path, kind: str) -> list[Row]:
     """Rows of one kind; a torn last line is left out."""
-    return [row for row in _rows(path) if row.get("kind") == kind and keep(row)] if path.exists() else []
+    return [row for row in _rows(path) if row.get("kind") == kind] if path.exists() else []
 
 
 def _rows(path: Path) -> Iterator[Row]:

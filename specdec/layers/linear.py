@@ -82,8 +82,8 @@ class Projection(nn.Module):
         self.packing: Packing | None = None
         self.packed: Tensor | None = None
 
-    def pack(self, *, keep_weight: bool = False) -> None:
-        """Re-lay the weight; frees it unless `keep_weight`. Does nothing where no packing exists."""
+    def pack(self) -> None:
+        """Re-lay the weight and free it. Does nothing where no packing exists."""
         if self.packed is not None:
             return
         self.packing = packing_of(self.weight)
@@ -92,8 +92,7 @@ class Projection(nn.Module):
         plain = self.weight.detach().contiguous()
         self.packed = (native.pack(plain) if self.packing == "native"
                        else torch.ops.mkldnn._reorder_linear_weight(plain, PACK_ROWS))  # fmt: skip
-        if not keep_weight:
-            self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
 
     def plain_weight(self) -> Tensor:
         """[outputs, inputs], unpacked for the occasion where it has to be."""

@@ -142,13 +142,11 @@ def _figure(drawn: Drawn) -> str:
     )
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], empty: str = "Not measured in this run."
-) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, or a sentence where there is nothing to show. Cells are escaped."""
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     if not body:
-        return f"<p>{escape(empty)}</p>"
+        return "<p>Not measured in this run.</p>"
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 

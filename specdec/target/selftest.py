@@ -22,17 +22,13 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torc
 """Largest difference allowed, relative to the largest logit; float64 keeps float32 rotary angles."""
 
 
-def self_test(target: Target, prefix: int = PREFIX) -> None:
+def self_test(target: Target) -> None:
     """Compare a tree forward with path-by-path forwards.
-
-    Args:
-        target: any target.
-        prefix: tokens before the tree; longer than a sliding window, it tests that too.
 
     Raises:
         UnsupportedError: naming the architecture and the largest difference.
     """
-    difference = tree_difference(target, prefix)
+    difference = tree_difference(target)
     allowed = TOLERANCE.get(target.info.dtype, TOLERANCE[torch.float32])
     if not difference <= allowed:  # so written, NaN fails
         raise UnsupportedError(
@@ -44,7 +40,11 @@ def self_test(target: Target, prefix: int = PREFIX) -> None:
 
 @torch.inference_mode()
 def tree_difference(target: Target, prefix: int = PREFIX) -> float:
-    """Largest difference between logits of tree nodes and of paths, over the largest logit."""
+    """Largest difference between logits of tree nodes and of paths, over the largest logit.
+
+    Args:
+        prefix: tokens before the tree; longer than a sliding window, it tests that too.
+    """
     device = target.info.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(target.info.vocab, (1, prefix + len(PARENTS)), generator=generator).to(device)
