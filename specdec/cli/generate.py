@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("-p", "--prompt", default=None, help="the prompt (default: standard input)")
     source.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="jsonl of prompts")
     parser.add_argument("--plain", action="store_true", help="the baseline: the same loop without drafting")
-    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
+    parser.add_argument("--raw", action="store_true", help="no chat template: continue each text by itself")
     parser.add_argument(
         "--show-tree", action="store_true", help="colour accepted draft tokens as they appear"
     )

@@ -20,7 +20,7 @@ class Many:
     """Dialogues over the slots of an engine that nobody else uses.
 
     Args:
-        raw: first turns are text to continue.
+        raw: see `Talk`.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class Talk:
     """Turns answered one after another, each with the history before it.
 
     Args:
-        raw: the first turn is text to continue, not a user's message.
+        raw: turns are no user's messages but texts, each continued by itself.
 
     Attributes:
         rows: of the turns answered so far, as `specdec generate --json` prints them.
