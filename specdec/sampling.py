@@ -198,7 +198,8 @@ class Seen:
 
 def process(logits: Tensor, tree: DraftTree, batch: BatchSampling, seen: Seen | None = None,
             allowed: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Logits after bias, penalties and temperature in float32; ruled-out tokens are -inf.
+    """Logits after bias, penalties and temperature in float32; ruled-out tokens are -inf. The very `logits`, in their
+    own dtype, where nobody samples and nothing else is asked.
 
     Args:
         logits: [B, N, V] the target's logits after each node.
@@ -282,7 +283,7 @@ def choose(
     """The target's own token after each node.
 
     Args:
-        processed: float32 [B, N, V] from `process`.
+        processed: [B, N, V] from `process`.
         tree: its depths say which output position each node fills.
         batch: settings; rows with temperature 0 take the argmax.
         uniforms: float64 [B, >= D + 1], the requests' u_t from the next output position on.
