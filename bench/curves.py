@@ -84,7 +84,7 @@ def one(
 
 
 def _texts(responses: Path, loaded: LoadedTarget, recipe: Recipe, most: int) -> Texts:
-    with ResponseStore(responses, loaded.target.info.fingerprint) as store:
+    with ResponseStore(responses, loaded.target.info.fingerprint, readonly=True) as store:
         texts = from_store(store, recipe, Skipped())
     ends = itertools.accumulate(map(len, texts.train))
     return replace(
