@@ -21,7 +21,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 
-from bench.record import RESULTS, append, digest
+from bench.record import append, digest, file_for
 from specdec.target.load import LoadedTarget, load_target
 from training.data import Skipped
 from training.material import Texts, from_store
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_target(args.target)
     key = {"target": args.target, "responses": digest(args.responses), "tokens": args.tokens}
-    done = _known(RESULTS / "curves.jsonl", key)
+    done = _known(file_for("curves"), key)
     with tempfile.TemporaryDirectory() as cache:
         for curve, value, overrides in curves(args.tokens):
             if args.only not in (None, curve) or json.dumps(list(overrides)) in done:

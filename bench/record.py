@@ -96,15 +96,19 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+def file_for(name: str) -> Path:
+    """Where rows of this name go: to $SPECDEC_RESULTS, else to the folder beside this file."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or RESULTS) / f"{name}.jsonl"
+
+
 def append(name: str, rows: Sequence[Mapping[str, Any]], *, results: Path | None = None) -> Path:
-    """Append rows to `results/<name>.jsonl`, each with the environment; returns the file.
+    """Append rows to the file of this name, each with the environment; returns the file.
 
     Args:
-        results: folder; None takes $SPECDEC_RESULTS, else the one beside this file.
+        results: its folder; None as `file_for` says.
     """
-    results = Path(os.environ.get(FOLDER_VARIABLE) or RESULTS) if results is None else results
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{name}.jsonl"
+    path = file_for(name) if results is None else results / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     env = environment()
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
