@@ -65,6 +65,18 @@ def ours(name: str, decoder: SpecDecoder) -> System:
     return System(name, answer)
 
 
+def law_of(sampling: Sampling) -> dict[str, Any]:
+    """The settings in the words of `generate`, which otherwise takes those of the model's generation_config.json."""
+    law: dict[str, Any] = {
+        "do_sample": not sampling.greedy,
+        "repetition_penalty": sampling.repetition_penalty,
+    }
+    if not sampling.greedy:
+        law |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
+                "min_p": sampling.min_p or None}  # fmt: skip
+    return law
+
+
 def transformers_systems(
     directory: Path, dtype: torch.dtype, stop_ids: Sequence[int], device: torch.device
 ) -> list[System]:
@@ -78,16 +90,6 @@ def transformers_systems(
         def answer(prompt: Sequence[int], sampling: Sampling) -> Run:
             ids = torch.tensor([list(prompt)], device=device)
             extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
-            law = (
-                {"do_sample": False}
-                if sampling.greedy
-                else {
-                    "do_sample": True,
-                    "temperature": sampling.temperature,
-                    "top_k": 0,
-                    "top_p": sampling.top_p,
-                }
-            )
             end = None if sampling.ignore_eos else list(stop_ids)
             settle()
             start = time.perf_counter()
@@ -98,7 +100,7 @@ def transformers_systems(
                     max_new_tokens=sampling.max_tokens,
                     pad_token_id=0,
                     eos_token_id=end,
-                    **law,
+                    **law_of(sampling),
                     **extra,
                 )
             settle()

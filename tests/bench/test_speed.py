@@ -9,7 +9,8 @@ import pytest
 from bench import record
 from bench.readme import table
 from bench.speed import Job, summarise
-from bench.systems import Run
+from bench.systems import Run, law_of
+from specdec.sampling import Sampling
 from specdec.stats import Counters
 
 
@@ -46,6 +47,13 @@ def test_the_table_names_every_system(job: Job) -> None:
     text = table([{**shared, **row} for row in summarise(job, runs)])
     assert "head and n-grams, x plain" in text and "plain loop" in text
     assert "| chat | 2.8 | 11.0 | 4.00 | 2.00 | 2.00 | - |" in text
+
+
+def test_transformers_draws_under_the_law_that_ours_draw_under() -> None:
+    assert law_of(Sampling()) == {"do_sample": False, "repetition_penalty": 1.0}
+    assert law_of(Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1)) == {
+        "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1,
+    }  # fmt: skip
 
 
 def test_results_say_what_was_run_and_not_where_it_lies(
