@@ -118,20 +118,17 @@ def soft_labels(labels: Labels, rows: Tensor, *, top: int = 64) -> SparseLabels:
     return SparseLabels(symbol, weight)
 
 
-def fit_ngram(z: Tensor, labels: SparseLabels, width: int, *, mass: float = 1.0) -> Ngram:
+def fit_ngram(z: Tensor, labels: SparseLabels, width: int) -> Ngram:
     """Count; `tune` then sets the pseudo-counts.
 
     Args:
         z: int64 [n, k - 1].
         labels: what followed, hard or soft.
         width: M.
-        mass: what a row's label mass would be if nothing were left out (1).
     """
     base = torch.zeros(width).scatter_add_(0, labels.symbol.flatten(), labels.weight.flatten())
     base = (base + 0.5) / (base.sum() + 0.5 * width)
-    orders = tuple(
-        _count(context_keys(z[:, -length:]), labels, width, mass) for length in range(1, z.shape[1] + 1)
-    )
+    orders = tuple(_count(context_keys(z[:, -length:]), labels, width) for length in range(1, z.shape[1] + 1))
     return Ngram(base, orders, (4.0,) * len(orders))
 
 
@@ -153,7 +150,7 @@ def tune(ngram: Ngram, held: Contexts, labels: Labels, *, rows: int = 4096, seed
     return Ngram(ngram.base, ngram.orders, tuple(kappa), ngram.name)
 
 
-def _count(key: Tensor, labels: SparseLabels, width: int, mass: float) -> Order:
+def _count(key: Tensor, labels: SparseLabels, width: int) -> Order:
     keys, group = torch.unique(key, return_inverse=True)
     # One sortable number per (context, symbol) pair; groups * M stays far below 2^63.
     pair = (group[:, None] * width + labels.symbol).flatten()
@@ -161,7 +158,7 @@ def _count(key: Tensor, labels: SparseLabels, width: int, mass: float) -> Order:
     weight = torch.zeros(pairs.shape[0]).index_add_(0, slot, labels.weight.flatten())
     owner = pairs // width
     start = torch.searchsorted(owner, torch.arange(keys.shape[0] + 1))
-    total = torch.bincount(group, minlength=keys.shape[0]).float() * mass
+    total = torch.bincount(group, minlength=keys.shape[0]).float()  # a row's whole law is 1
     return Order(keys, start, pairs % width, weight, total)
 
 
@@ -290,11 +287,6 @@ class Bank:
     def best(self) -> Control:
         """r*, the lowest validation cross-entropy."""
         return self.controls[self.validation.index(min(self.validation))]
-
-    @property
-    def spread(self) -> float:
-        """Largest minus smallest validation cross-entropy: systematic error of S, nats."""
-        return max(self.validation) - min(self.validation)
 
 
 def make_bank(controls: Sequence[Control], val: Contexts, labels: Labels) -> Bank:
