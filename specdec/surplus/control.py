@@ -1,11 +1,10 @@
 """The control bank: predictors r(y | z) that see only the tokens the drafter already has, never h.
 
-A surplus is a difference of cross-entropies, and any excess risk of the control inflates it,
-so several controls compete and the best on validation documents wins; the spread is reported as systematic
-error.
-Here: an interpolated back-off n-gram over sorted keys, and a neural table U psi(e(z)). The third member, a
-probe fed h permuted within equal z, is fitted by `probe`. Dimension legend: n contexts, k depth, M label
-symbols, d width.
+A surplus is a difference of cross-entropies, and any excess risk of the control inflates it, so several controls
+compete and the best on validation documents wins; the spread is reported as systematic error. Here: an interpolated
+back-off n-gram over sorted keys, and a neural table U psi(e(z)). `mixture` adds the target run on z alone and its
+mixture with the n-gram, `estimate` a probe fed h permuted within equal z.
+Dimension legend: n contexts, k depth, M label symbols, d width.
 """
 
 from __future__ import annotations

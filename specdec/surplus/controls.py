@@ -1,10 +1,9 @@
 """The self-check: sources with a known surplus, run through the very pipeline that measures a real target.
 
-An instrument that misses these numbers measures nothing. Two controls need a target and live
-with the
-capture: the random-weight target and the numerics floor. Each check is a function of its size, so that tests
-run small ones. Everything here is seeded and single-process; the full list takes well under a minute on one
-core.
+An instrument that misses these numbers measures nothing. Two controls need a target: the numerics floor, which every
+capture measures, and a target of random weights (`tests/surplus/test_untrained.py`). Each check is a function of its
+size, so that tests run small ones. Everything here is seeded and single-process; the full list takes well under a
+minute on one core.
 """
 
 from __future__ import annotations

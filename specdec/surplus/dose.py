@@ -1,10 +1,8 @@
-"""E3, dose and response: surplus must rise with the window the state was computed from and fall with noise
-added.
+"""E3, dose and response: surplus must rise with the window the state was computed from and fall with noise added.
 
-No learned map can fake both curves, and the noise curve is the rigorous answer to injectivity: I(h + sigma
-xi; x) is finite and ranks layers where I(h; x) cannot. How states are recomputed and how
-a surplus is
-estimated come in as callables: nothing here knows a target or a probe.
+No learned map can fake both curves, and the noise curve is the rigorous answer to injectivity: I(h + sigma xi; x) is
+finite and ranks layers where I(h; x) cannot. How states are recomputed and how a surplus is estimated come in as
+callables: nothing here knows a target or a probe.
 """
 
 from __future__ import annotations

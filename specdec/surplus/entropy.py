@@ -2,9 +2,9 @@
 
 The categorical entropy of a kernel by a divergence D (arXiv 2507.19247; the families: Perrone 2212.11719): with D = KL
 it is Shannon's (proposition 4.2), with D = TV 1 - sum p^2 (Gini-Simpson), with Renyi's D of order alpha the Renyi
-entropy of order 2 - alpha. Cross-entropy splits into H(p) +
-KL(p || q); and E H(q) - E H(p) equals E KL exactly when q is calibrated, so the residual is miscalibration
-(claim F5). Knows log-probabilities only: log p, log q [n, M], natural logarithms, float32.
+entropy of order 2 - alpha. Cross-entropy splits into H(p) + KL(p || q); and E H(q) - E H(p) equals E KL exactly when
+q is calibrated, so the residual is miscalibration (claim F5). Knows log-probabilities only: log p, log q [n, M],
+natural logarithms, float32.
 """
 
 from __future__ import annotations
