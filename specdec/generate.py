@@ -28,7 +28,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Finish, Piece, Request, check_request
 from specdec.engine.text import TextStream
-from specdec.errors import RequestError, UnsupportedError
+from specdec.errors import RequestError
 from specdec.sampling import Sampling
 from specdec.stats import Counters
 from specdec.target.load import LoadedTarget, load_target
@@ -103,7 +103,7 @@ class SpecDecoder:
             SpecdecError: unknown target or head, a head of another target, broken weights, too little memory.
         """
         options = options or Options()
-        device = _usable(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_target(
             target, dtype=options.dtype, device=device, prefer=options.backend, device_map=options.device_map
         )
@@ -310,15 +310,6 @@ def _no_prompt(parts: Sequence[Any]) -> RequestError:
 def _unpacked(prompts: Any) -> Any:
     """Tensors and arrays as lists."""
     return prompts.tolist() if hasattr(prompts, "tolist") else prompts
-
-
-def _usable(device: str) -> str:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise UnsupportedError(f"cannot be used here: {told}", field="device", value=device) from None
-    return device
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -106,14 +106,15 @@ def load_target(name: str, *, dtype: DtypeChoice = None, device: str | torch.dev
 
     Raises:
         SpecdecError: not to be found; CheckpointError for missing, unexpected, mis-shaped or NaN tensors;
-            UnsupportedError naming the architecture and what it lacks.
+            UnsupportedError naming the architecture and what it lacks, or a device that cannot be used here.
     """
+    _check_device(device, "device")
     files = resolve(name)
     config = load_config(files.directory)
     stated_config(config)  # before the tokenizer's loader, which reads it too and would be blamed
     tokenizer = load_tokenizer(files.directory)  # before the weights, so that a lack of it is told in seconds
-    if isinstance(device_map, Mapping):
-        _check_devices(device_map)
+    for module, place in device_map.items() if isinstance(device_map, Mapping) else ():
+        _check_device("cpu" if place == "disk" else place, f"device_map[{module!r}]")
     kind = _dtype(dtype, config, torch.device(device))
     with current(torch.device(device)):
         target = load_weights(files, kind, {"": device} if device_map is None else device_map, prefer)
@@ -138,14 +139,13 @@ def load_weights(
     return _lean(files, config, dtype, placement, prefer) or _adapter(files, dtype, placement)
 
 
-def _check_devices(placement: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError naming the module whose device this machine does not have."""
-    for module, place in placement.items():
-        try:
-            torch.empty(0, device="cpu" if place == "disk" else place)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise UnsupportedError(f"cannot be used here: {str(error).splitlines()[0]}",
-                                   field=f"device_map[{module!r}]", value=place) from None  # fmt: skip
+def _check_device(place: Any, field: str) -> None:
+    """Raises UnsupportedError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        told = str(error).splitlines()[0]
+        raise UnsupportedError(f"cannot be used here: {told}", field=field, value=place) from None
 
 
 def check_room(files: TargetFiles, dtype: torch.dtype, device: torch.device, free: int | None = None) -> None:

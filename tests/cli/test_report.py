@@ -85,6 +85,8 @@ def test_refusals_come_before_the_work(report: Report, model: Path, tmp_path: Pa
     _refused(report(*words, "--taps", "1,99"), "no such layer")
     _refused(report(*words, "--temperature", "0"), "greedy")
     _refused(report(*words, "--head", "auto"), "no head ships")
+    for device in ("cuda:77", "abacus"):
+        _refused(report(*words, "--device", device), "device: cannot be used here")
     assert not (tmp_path / "a").exists()
 
 
