@@ -30,9 +30,9 @@ class Candidates:
 
     @staticmethod
     def room(batch: int, width: int, depth: int) -> Candidates:
-        """For as many levels as a word has bits for their head's rows."""
-        levels = min(depth, MAX_NODES // width + 1)
-        whole = torch.empty(2, batch, width + (levels - 1) * width * width, dtype=torch.int64)
+        """For the children of the root and of as many rows of the head as a word has bits, in however many levels."""
+        rows = min((depth - 1) * width, MAX_NODES)
+        whole = torch.empty(2, batch, width + rows * width, dtype=torch.int64)
         return Candidates(whole[0], whole[1], torch.empty(whole.shape[1:]))
 
 

@@ -47,6 +47,7 @@ CASES = {
     "levels that must pay": Case(Shape(7, 4, 60, level_floor=0.6), vocabulary=1000, batch=2),
     "frontiers that must pay": Case(Shape(7, 8, 60, node_floor=0.02), vocabulary=200),
     "frontiers of a batch": Case(Shape(7, 8, 60, node_floor=0.02), vocabulary=200, batch=3),
+    "frontiers so narrow that levels are many": Case(Shape(16, 6, 32, node_floor=0.01), vocabulary=10),
     "frontiers that never pay": Case(Shape(3, 4, 9, node_floor=1.1)),
     "nodes that must pay": Case(Shape(3, 4, 60, prices=tuple(0.01 * n for n in range(60))), batch=2),
     "nodes that never pay": Case(Shape(2, 4, 60, prices=tuple(2.0 * n for n in range(60)))),
@@ -75,6 +76,7 @@ def test_grows_what_torch_grows(case: Case, request: pytest.FixtureRequest) -> N
         )
         torch.testing.assert_close(native.scores, plain.scores)
         assert native.promise() == pytest.approx(plain.promise(), rel=1e-5)
+        assert native.count <= native.found.tokens.shape[1], "written behind the candidates' room"
         rows = plain.tokens.shape[1]
         narrow = narrow or rows < case.shape.width
     assert not native.worth_another()
