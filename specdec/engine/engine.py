@@ -240,13 +240,14 @@ class Engine:
     ) -> Piece:
         if request.first_token is None:
             request.first_token = time.perf_counter()
-        texts = request.emit(tokens)
-        kept, error = tokens[: len(texts)], None
-        request.logprobs += logprobs[: len(kept)]
+        texts, kept, error = list[str](), tokens[:0], None
         try:
+            texts = request.emit(tokens)
+            kept = tokens[: len(texts)]
+            request.logprobs += logprobs[: len(kept)]
             if request.constraint is not None:
                 request.constraint.accept(kept)
-        except Exception as failure:  # a grammar that fails must not take the others down
+        except Exception as failure:  # a tokenizer or a grammar that fails must not take the others down
             request.finish, error = "error", _told(failure)
         if request.finish:
             self._leave(request)

@@ -231,6 +231,28 @@ def test_a_constraint_that_raises_fails_alone(fails: str) -> None:
     assert machine.active == {}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tokenizer_that_raises_fails_alone(first: bool) -> None:
+    """As those written in Python do for ids that only the logits know."""
+    sampling = Sampling(max_tokens=12)
+    requests = _many(3, sampling)
+    wanted = _answers(sampling, requests)
+    known = () if first else wanted[1][:1]
+
+    def decode(ids: Sequence[int]) -> str:
+        if not set(ids) <= set(known):
+            raise TypeError("sequence item 0: expected str instance, NoneType found")
+        return "".join(map(str, ids))
+
+    requests[1].text = TextStream(decode)
+    machine = _toy(slots=3)
+    pieces = engines.run(machine, requests)
+    assert [r.finish for r in requests] == ["length", "error", "length"]
+    assert [requests[0].output, requests[2].output] == [wanted[0], wanted[2]]
+    assert [p.error for p in pieces if p.error] == ["sequence item 0: expected str instance, NoneType found"]
+    assert machine.active == {}
+
+
 def test_a_grammar_rules_every_node_and_hears_every_token() -> None:
     request = engines.request("r", PROMPT, Sampling(temperature=1.0, seed=3, max_tokens=20))
     grammar = request.constraint = _Grammar((1, 4, 6, 7))
