@@ -20,7 +20,7 @@ class TokenLogprob:
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """Log-probabilities of one token per row of logits [n, V], with the `top` likeliest alternatives."""
     table = logits.float().log_softmax(dim=-1)
-    best = table.topk(top, dim=-1) if top else None
+    best = table.topk(min(top, table.shape[-1]), dim=-1) if top else None
     out = []
     for i, token in enumerate(tokens):
         pairs = zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True) if best else ()

@@ -304,6 +304,15 @@ def test_log_probabilities_are_the_targets_own() -> None:
         assert [value for _, value in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
 
 
+def test_more_alternatives_than_there_are_tokens_are_all_tokens() -> None:
+    request = engines.request("r", PROMPT, Sampling(max_tokens=5, logprobs=VOCAB + 12))
+    request.prompt_logprobs = VOCAB + 12
+    engines.run(_toy(), [request])
+    assert request.finish == "length"
+    for entry in (*request.prompt_scores, *request.logprobs):
+        assert sorted(token for token, _ in entry.top) == list(range(VOCAB))
+
+
 def test_penalties_see_tokens_accepted_within_the_round() -> None:
     sampling = Sampling(max_tokens=20, frequency_penalty=1.0, presence_penalty=0.4, repetition_penalty=1.5)
     wanted = _plain(PROMPT, sampling)
