@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 BROKEN = "\ufffd"  # a decoder's mark for bytes that are not yet a character
 WAIT = 8  # tokens after which a broken character is taken for what it is
+SILENT = 64  # tokens without text, as behind an end that is ignored, that are decoded with what follows
 
 
 @dataclass(slots=True)
@@ -20,7 +21,8 @@ class TextStream:
         decode: ids -> text, special tokens skipped.
         stops: strings that end the answer and are cut from it.
 
-    `text` is final as far as it was released; what might begin a stop string is held back.
+    `text` is final as far as it was released; what might begin a stop string is held back. `ids` are those of the text,
+    without some that have none.
     """
 
     decode: Callable[[Sequence[int]], str]
@@ -48,6 +50,8 @@ class TextStream:
         if len(now) > len(known):
             # else a special token: a window that began with it would lose the space of the next word
             self._start = self._read
+        elif len(self.ids) - self._start > SILENT:
+            del self.ids[self._read :]
         self._read = len(self.ids)
         return self._stop(searched)
 

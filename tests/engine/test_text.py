@@ -56,6 +56,22 @@ def test_a_word_behind_a_special_token_keeps_its_space() -> None:
     assert shown == decode(ids) == "Hello world. world"
 
 
+def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    """As they come where the end of an answer is ignored: thousands of them."""
+    widest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal widest
+        widest = max(widest, len(ids))
+        return "".join("Hi " if i else "" for i in ids).removesuffix(" ")
+
+    stream = TextStream(decode)
+    for token in [1, *[0] * 1000, 1, *[0] * 1000, 1, 1]:
+        stream.push(token)
+    assert stream.release(final=True) == "Hi Hi Hi Hi"
+    assert widest < 100
+
+
 def test_a_stop_string_is_found_across_tokens_and_cut() -> None:
     stream = TextStream(_bytes, ("END", "\n\n"))
     pieces, stopped = _feed(stream, b"one\ntwo ENtail END more")
