@@ -31,7 +31,7 @@ from specdec.native.library import identity
 from specdec.places import replacing
 from specdec.sampling import likeliest
 from specdec.target.protocol import Target
-from specdec.tree import chain
+from specdec.tree import MAX_NODES, chain
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 PREFIX = 256  # committed tokens while measuring
@@ -56,7 +56,7 @@ def measure(
             step.
     """
     batches = [b for b in (1, 2, 4, 8, 16, 32, 64) if b <= cache.slots]
-    prefix = min(PREFIX, cache.length // 2)
+    prefix = _prefix(cache)
     if recording is not None and isinstance(target, GraphedTarget):
         target = target.inner  # whole forwards are recorded, as in a round
     replays = 1 if recording is None else REPLAYS
@@ -82,7 +82,7 @@ def busy_then(table: CostTable, target: Target, drafter: Drafter, cache: KVCache
     """Was the machine busy when the table was taken? Whatever else it does only ever adds, and adds most to the many
     small works of drafting: where something is clearly faster now, the table is not to be believed. What is slower now
     says nothing."""
-    prefix = min(PREFIX, cache.length // 2)
+    prefix = _prefix(cache)
     told = {(1, n): table.verify_ms(1, n) for n in CHECKED}
     works = {(1, n): _verify(target, cache, 1, n, prefix, drafter.taps, None) for n in CHECKED}
     eagle = _asks_head(drafter)
@@ -134,6 +134,11 @@ def _least_ms(
             if turn:  # the first turn warms up
                 least[name], spent[name] = min(least[name], taken / in_a_row), spent[name] + taken
     return least
+
+
+def _prefix(cache: KVCache) -> int:
+    """Committed tokens behind which the largest tree still fits, in a short context, too."""
+    return min(PREFIX, cache.length // 2, cache.length - MAX_NODES)
 
 
 def _slots(b: int, prefix: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import engines
 import pytest
+from torch import Tensor
 from toy import FakeDrafter, ToyTarget, neighbours
 
+from specdec.attention.protocol import Rows
 from specdec.cache import KVCache
 from specdec.drafting.ngram import NgramDrafter
 from specdec.drafting.none import NoDrafter
 from specdec.engine import costs
 from specdec.engine.cost_table import CostTable
 from specdec.engine.engine import Limits
-from specdec.target.protocol import Target
+from specdec.target.protocol import States, Target
+from specdec.tree import MAX_NODES
 
 
-def _scratch(target: Target, slots: int) -> KVCache:
-    return KVCache(target.info.cache, slots, 64 + 64)
+def _scratch(target: Target, slots: int, length: int = 64) -> KVCache:
+    return KVCache(target.info.cache, slots, length + MAX_NODES)
 
 
 @pytest.fixture
@@ -39,6 +42,29 @@ def test_a_table_covers_batches_and_nodes_and_more_never_costs_less() -> None:
         assert all(batch * nodes <= costs.MOST_ROWS or nodes == 1 for nodes in row)
         assert list(row.values()) == sorted(row.values())
     assert CostTable.from_dict(table.as_dict()) == table
+
+
+@pytest.mark.parametrize("length", [2, 3, 40])
+def test_trees_stay_within_the_rows_of_a_short_context(
+    length: int, target_of: Callable[..., Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels do not look where they write."""
+    target, farthest = target_of("llama"), list[int]()
+    drafter = engines.eagle(target, engines.random_head(target, range(20)), Limits(1, length))
+    forward = target.forward
+
+    def watched(tokens: Tensor, rows: Rows, cache: KVCache, taps: tuple[int, ...]) -> States:
+        farthest.append(int(rows.index.indices.max()))
+        return forward(tokens, rows, cache, taps)
+
+    def once(works: Mapping[tuple[int, int], Callable[[], object]], *_: int) -> dict[tuple[int, int], float]:
+        return {name: float(work() is None) + 2.0 for name, work in works.items()}
+
+    monkeypatch.setattr(target, "forward", watched)
+    monkeypatch.setattr(costs, "_least_ms", once)
+    table = costs.measure(target, drafter, _scratch(target, 1, length))
+    costs.busy_then(table, target, drafter, _scratch(target, 1, length))
+    assert max(farthest) < length + MAX_NODES
 
 
 def test_a_heads_levels_are_measured_and_its_slots_left_clean(target_of: Callable[..., Target]) -> None:
