@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -41,7 +42,9 @@ def copies_proven(device: torch.device) -> bool:
     code, told = _tried_by_another(device)
     if code != 0:
         warnings.warn(f"products by the copy engine are left out: {told}", stacklevel=2)
-    if code in (0, FAULT, NO_END) or code < 0:  # else it could not be tried, which may change
+    if code in (0, FAULT, NO_END) or (
+        code < 0 and code != -signal.SIGKILL
+    ):  # else it may end otherwise another time
         with suppress(OSError), replacing(path) as fresh:
             fresh.write_text(json.dumps({"works": code == 0, "told": told}), encoding="utf-8")
     return code == 0
@@ -49,7 +52,11 @@ def copies_proven(device: torch.device) -> bool:
 
 def _tried_by_another(device: torch.device) -> tuple[int, str]:
     """How the process that tries them ended (below zero by a signal), and its last words."""
-    command = [sys.executable, *PROGRAM, str(device.index or 0)]
+    command = [
+        sys.executable,
+        *PROGRAM,
+        str(torch.cuda.current_device() if device.index is None else device.index),
+    ]
     try:
         run = subprocess.run(command, timeout=SECONDS, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:

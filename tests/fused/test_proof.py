@@ -11,9 +11,14 @@ from specdec.fused import cuts, proof, trial
 
 DEVICE = torch.device("cuda", 0)
 FAULTS = {
-    "import os, signal; os.kill(os.getpid(), signal.SIGKILL)": "ended with -9",
+    "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)": "ended with -11",
     f"import sys; print('an illegal memory access', file=sys.stderr); sys.exit({proof.FAULT})": "illegal memory access",
     "import time; time.sleep(60)": "did not end",
+}
+
+OTHERS = {
+    "class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError": "OutOfMemoryError",
+    "import os, signal; os.kill(os.getpid(), signal.SIGKILL)": "ended with -9",  # as by a system short of memory
 }
 
 
@@ -50,10 +55,18 @@ def test_a_fault_leaves_them_out_for_good(program: str, monkeypatch: pytest.Monk
     assert ask(monkeypatch, "")
 
 
-def test_what_could_not_be_tried_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(UserWarning, match="OutOfMemoryError"):
-        assert not ask(monkeypatch, "class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError")
+@pytest.mark.parametrize("program", OTHERS)
+def test_what_could_not_be_tried_is_tried_again(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match=OTHERS[program]):
+        assert not ask(monkeypatch, program)
     assert ask(monkeypatch, "")
+
+
+def test_the_current_device_is_the_one_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(proof, "PROGRAM", ("-c", "import sys; sys.exit(int(sys.argv[1]))"))
+    assert proof._tried_by_another(torch.device("cuda"))[0] == 3
+    assert proof._tried_by_another(torch.device("cuda", 2))[0] == 2
 
 
 @pytest.mark.parametrize("works", [True, False])
