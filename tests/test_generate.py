@@ -291,6 +291,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(model: Path) -
 def test_trees_are_read_from_text() -> None:
     assert parse_tree("auto") is None
     assert parse_tree("7/10/60") == Shape(7, 10, 60)
+    assert parse_tree("1000000/4/8") == Shape(7, 4, 8), "eight nodes reach seven deep"
     for text in ("", "7/10", "a/b/c", "0/1/4", "7/10/65", "7/0/60", "7/10/1"):
         with pytest.raises(SpecdecError, match="tree"):
             parse_tree(text)

@@ -209,4 +209,5 @@ def parse_tree(text: str) -> Shape | None:
             value=text,
             allowed=f"depth and top-k of at least 1, 2 to {MAX_NODES} nodes",
         )
-    return Shape(depth, width, nodes, sampled=kind == "sampled")
+    # so many nodes reach no deeper, and rooms on a device are as deep as the tree
+    return Shape(min(depth, nodes - 1), width, nodes, sampled=kind == "sampled")
