@@ -44,7 +44,8 @@ class Many:
                 try:
                     while not talk.over:
                         self._step()
-                        self._bar.update(task, completed=sum(talk.over for talk in self.talks))
+                        done = len(self.talks) - len(self._waiting) - len(self._running)
+                        self._bar.update(task, completed=done)
                 except KeyboardInterrupt:
                     self._stop()
                 yield from talk.rows
